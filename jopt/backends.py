@@ -1,0 +1,38 @@
+"""The one place where jopt chooses per backend, with the measurement behind each choice.
+
+A choice is a plain value looked up by platform name (`"cpu"`, `"cuda"`, `"tpu"`). Everything else in
+jopt asks here, so that a better measurement on new hardware is one line changed.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What one platform is good at."""
+
+    # How `jopt.nn` convolves: "lax" is one `conv_general_dilated`; "slices" is shifted slices,
+    # concatenated, and one matrix product.
+    convolution: str
+    # How `jopt.nn` pools without overlap: "lax" is `reduce_window`; "reshape" is reshape and max.
+    pooling: str
+    # Whether a training step that contains `conv_general_dilated` may sit inside a loop that XLA
+    # compiles. Steps without a convolution are always looped.
+    loops_convolutions: bool
+
+
+# cpu, measured on two AMD EPYC cores, JAX 0.10.2, one epoch of the classic CIFAR-10 network against
+# PyTorch eager = 1: `lax` stepped 2.6, `lax` scanned 32 (jax-ml/jax#12868), slices scanned 1.7,
+# slices with reshape pooling scanned 0.84 (docs/benchmarks.md).
+# cuda and tpu: XLA's own convolutions are the vendor's; not yet measured by us.
+CHOICES = {
+    "cpu": Choices(convolution="slices", pooling="reshape", loops_convolutions=False),
+    "cuda": Choices(convolution="lax", pooling="lax", loops_convolutions=True),
+    "tpu": Choices(convolution="lax", pooling="lax", loops_convolutions=True),
+}
+
+
+def choices(platform: str) -> Choices:
+    """The choices for `platform`; `"gpu"` and `"rocm"` are taken as `"cuda"`, others as `"tpu"`."""
+    platform = {"gpu": "cuda", "rocm": "cuda"}.get(platform, platform)
+    return CHOICES.get(platform, CHOICES["tpu"])

@@ -1,0 +1,11 @@
+"""Layers that run fast on every backend, and the models that recipes train, in flax linen."""
+
+from flax.linen import BatchNorm as BatchNorm
+
+from jopt.nn._activations import Swish as Swish
+from jopt.nn._convnet import ConvNet as ConvNet
+from jopt.nn._convolution import Conv as Conv
+from jopt.nn._convolution import conv as conv
+from jopt.nn._pooling import max_pool as max_pool
+from jopt.nn._simple_cnn import SimpleCNN as SimpleCNN
+from jopt.nn._transformer import CharTransformer as CharTransformer

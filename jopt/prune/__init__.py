@@ -1,0 +1,22 @@
+"""Pruning: which weights go, and training that lands on what stays.
+
+Scores, patterns, scopes, schedules (`jopt.schedules`) and application are independent: any goes
+with any.
+"""
+
+from ._masks import Kept as Kept
+from ._masks import apply_masks as apply_masks
+from ._masks import masks as masks
+from ._masks import report as report
+from ._packed import Packed as Packed
+from ._packed import masks_of as masks_of
+from ._patterns import NM as NM
+from ._patterns import Pattern as Pattern
+from ._patterns import Unstructured as Unstructured
+from ._scores import Score as Score
+from ._scores import magnitude as magnitude
+from ._scores import random as random
+from ._sparsify import HoldState as HoldState
+from ._sparsify import SparsifyState as SparsifyState
+from ._sparsify import hold as hold
+from ._sparsify import sparsify as sparsify

@@ -1,0 +1,163 @@
+"""Masks in the optimizer state, one bit a weight, and how to find them again."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from jopt import trees
+
+from ._select import Selection
+
+PyTree = Any
+
+
+class Packed(NamedTuple):
+    """Masks as bits, 1 where pruned. `masks_of` finds it in any optimizer state.
+
+    Words have the rank of their weight: one axis, the largest of those that waste no bits, shrinks
+    to an eighth, the others stay. So a weight's sharding does for its words where it divides that
+    eighth.
+    """
+
+    words: PyTree  # uint8, an array for each array of params; zeros for leaves that stay dense
+    layout: jax.Array  # int32 [leaves, 2]: the packed axis, from the end, and its size; 0, 0: dense
+
+
+def masks_of(opt_state: PyTree) -> PyTree:
+    """Finds the masks that `sparsify` or `hold` keeps, in the state of any chain they are part of.
+
+    The parts of `optax.multi_transform` are put together. Looks at values, so it runs outside
+    `jit`.
+
+    Args:
+      opt_state: an optimizer state.
+
+    Returns:
+      A mask tree: boolean arrays, False where pruned, and a scalar True for leaves that stay dense.
+
+    Raises:
+      ValueError: if the state holds no masks, or several for the same leaf.
+      TypeError: if it is called under `jit`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jopt import prune
+      >>> params = {"kernel": jnp.array([[1.0, -4.0], [3.0, -2.0]])}
+      >>> tx = optax.chain(optax.sgd(0.1), prune.sparsify(0.5))
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> prune.masks_of(state)["kernel"]
+      Array([[False,  True],
+             [ True, False]], dtype=bool)
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, Packed))
+    found = [_unpack_all(node) for node in nodes if isinstance(node, Packed)]
+    if not found:
+        raise ValueError(
+            "`masks_of(opt_state)` found no masks: neither `prune.sparsify` nor `prune.hold` is in "
+            f"the chain whose state this is ({type(opt_state).__name__})."
+        )
+    together = found[0]
+    for other in found[1:]:
+        together = _merge(together, other)
+    absent = _is_absent
+    return jax.tree.map(lambda m: jnp.ones((), bool) if absent(m) else m, together, is_leaf=absent)
+
+
+def blank(params: PyTree, selection: Selection) -> Packed:
+    """Nothing pruned yet."""
+    rows = []
+    for leaf, mine in zip(selection.leaves, selection.chosen, strict=True):
+        shape = jnp.shape(trees.weight_of(leaf)) if mine else ()
+        axis = packed_axis(shape)
+        rows.append((axis, shape[axis]) if mine else (0, 0))
+    return Packed(jax.tree.map(_blank_words, params), jnp.asarray(rows, jnp.int32).reshape(-1, 2))
+
+
+def placeholder(params: PyTree) -> Packed:
+    """The state of a tree without arrays, such as `optax.tree_map_params` makes one of."""
+    return Packed(params, jnp.zeros((0, 2), jnp.int32))
+
+
+def words_of(packed: Packed, selection: Selection) -> list[jax.Array]:
+    """The words of the chosen weights."""
+    return [trees.weight_of(leaf) for leaf in selection.among(packed.words)]
+
+
+def with_words(packed: Packed, selection: Selection, words: list[jax.Array]) -> Packed:
+    """Other words for the chosen weights."""
+    leaves = selection.treedef.flatten_up_to(packed.words)
+    own = [leaf for leaf, mine in zip(leaves, selection.chosen, strict=True) if mine]
+    new = [trees.with_weight(leaf, word) for leaf, word in zip(own, words, strict=True)]
+    rest = iter(new)
+    pairs = zip(leaves, selection.chosen, strict=True)
+    tree = selection.treedef.unflatten([next(rest) if mine else leaf for leaf, mine in pairs])
+    return packed._replace(words=tree)
+
+
+def packed_axis(shape: tuple[int, ...]) -> int:
+    """The axis to pack, from the end: the largest of those that take the fewest bytes."""
+    whole = math.prod(shape)
+    axes = [axis for axis in range(-len(shape), 0) if shape[axis]]
+    words = {axis: whole // shape[axis] * -(-shape[axis] // 8) for axis in axes}
+    return min(axes, key=lambda axis: (words[axis], -shape[axis], axis), default=0)
+
+
+def pack(pruned: jax.Array) -> jax.Array:
+    """Eight booleans to a byte, along `packed_axis`; padded with False."""
+    return jnp.packbits(pruned, axis=packed_axis(pruned.shape) + pruned.ndim, bitorder="little")
+
+
+def unpack(words: jax.Array, axis: int, size: int) -> jax.Array:
+    """The booleans again."""
+    bits = jnp.unpackbits(words, axis=axis + words.ndim, count=size, bitorder="little")
+    return bits.astype(bool)
+
+
+def _blank_words(array: Any) -> jax.Array:
+    shape = jnp.shape(array)
+    if not shape:
+        return jnp.zeros((), jnp.uint8)
+    floats = isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jnp.inexact)
+    # Made from the array, so that words are placed on devices as it is.
+    return pack(jnp.zeros_like(array, dtype=bool) if floats else jnp.zeros(shape, bool))
+
+
+def _unpack_all(packed: Packed) -> PyTree:
+    if isinstance(packed.layout, Tracer):
+        raise TypeError(
+            "`masks_of(opt_state)` looks at values: call it outside `jit`, and pass the masks as "
+            "an argument to the function that needs them."
+        )
+    items = trees.items(packed.words)
+    # Under vmap and pmap the state is stacked along leading axes: rows are the same in all of it.
+    rows = np.asarray(packed.layout).reshape(-1, len(items), 2)[0]
+    masks = [
+        ~unpack(trees.weight_of(leaf), int(axis), int(size)) if size else jnp.ones((), bool)
+        for (_, leaf), (axis, size) in zip(items, rows, strict=True)
+    ]
+    return jax.tree.structure(packed.words, is_leaf=trees.is_typed).unflatten(masks)
+
+
+def _is_absent(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _merge(one: PyTree, other: PyTree) -> PyTree:
+    """Fills what `optax.masked` left out of one tree from the other."""
+    if _is_absent(one):
+        return other
+    if _is_absent(other):
+        return one
+    children, treedef = jax.tree.flatten(one, is_leaf=lambda node: node is not one)
+    others, same = jax.tree.flatten(other, is_leaf=lambda node: node is not other)
+    if treedef != same or (len(children) == 1 and children[0] is one):
+        raise ValueError(
+            "`masks_of(opt_state)` found several masks for the same leaves: two of "
+            "`prune.sparsify` and `prune.hold` act on them. Call it on the state of one."
+        )
+    return treedef.unflatten(map(_merge, children, others))

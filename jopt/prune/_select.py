@@ -1,0 +1,145 @@
+"""Which leaves are pruned, what array is pruned in each, and along which axis its inputs lie."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jopt import trees
+from jopt.trace import Site
+
+from ._patterns import Pattern
+
+PyTree = Any
+
+
+class Selection(NamedTuple):
+    """The leaves of a tree, those that are pruned among them."""
+
+    paths: tuple[str, ...]  # of all leaves, a typed leaf being one
+    leaves: list[Any]
+    chosen: list[bool]
+    treedef: Any
+
+    def among(self, tree: PyTree) -> list[Any]:
+        """The leaves of `tree` at the chosen places; it has the structure of the selected tree."""
+        leaves = self.treedef.flatten_up_to(tree)
+        return [leaf for leaf, mine in zip(leaves, self.chosen, strict=True) if mine]
+
+    def filled(self, chosen: Sequence[Any], other: Callable[[Any], Any]) -> PyTree:
+        """A tree with `chosen` at the chosen places and `other(leaf)` elsewhere."""
+        rest = iter(chosen)
+        pairs = zip(self.leaves, self.chosen, strict=True)
+        filled = [next(rest) if mine else other(leaf) for leaf, mine in pairs]
+        return self.treedef.unflatten(filled)
+
+    def weights(self, tree: PyTree) -> PyTree:
+        """The arrays at the chosen places, `optax.MaskedNode` elsewhere: what scores are given."""
+        chosen = [trees.weight_of(leaf) for leaf in self.among(tree)]
+        return self.filled(chosen, lambda leaf: optax.MaskedNode())
+
+    @property
+    def chosen_weights(self) -> list[Any]:
+        """The arrays that are pruned."""
+        pairs = zip(self.leaves, self.chosen, strict=True)
+        return [trees.weight_of(leaf) for leaf, mine in pairs if mine]
+
+    @property
+    def chosen_paths(self) -> list[str]:
+        """The paths of the chosen leaves."""
+        return [path for path, mine in zip(self.paths, self.chosen, strict=True) if mine]
+
+
+def select(params: PyTree, where: trees.Where | None, *, caller: str) -> Selection:
+    """Finds the leaves that `where` names, by default those of two axes and more.
+
+    Raises:
+      ValueError: if it names none.
+      TypeError: if it names a leaf that holds no weight to prune.
+    """
+    marks = trees.select(params, _matrices if where is None else where, caller=caller)
+    items = trees.items(params)
+    chosen = jax.tree.leaves(marks)
+    for (path, leaf), mine in zip(items, chosen, strict=True):
+        if mine and not _prunable(leaf):
+            raise TypeError(
+                f"`{caller}(...)` cannot prune `{path}`, a {_describe(leaf)}: it takes arrays of "
+                "floats, and typed leaves that train. Choose leaves with `where=`; prune before "
+                "quantizing."
+            )
+    return selection_of(params, chosen)
+
+
+def selection_of(params: PyTree, chosen: list[bool]) -> Selection:
+    """The selection of the leaves marked in `chosen`, which is in the order of `trees.items`."""
+    items = trees.items(params)
+    treedef = jax.tree.structure(params, is_leaf=trees.is_typed)
+    return Selection(tuple(p for p, _ in items), [leaf for _, leaf in items], chosen, treedef)
+
+
+def input_axes(
+    selection: Selection, pattern: Pattern, sites: Sequence[Site] | None, *, caller: str
+) -> list[int]:
+    """The axis of each chosen weight that its products sum over, counted from the end.
+
+    Raises:
+      ValueError: if `sites` does not tell it, or the pattern does not fit a weight; names all of
+        them.
+    """
+    axes, wrong = [], []
+    for path, weight in zip(selection.chosen_paths, selection.chosen_weights, strict=True):
+        axis, reason = -2, None
+        if pattern.along_inputs and sites is not None:
+            axis, reason = _summed(sites, path, jnp.shape(weight))
+        reason = reason or pattern.misfit(jnp.shape(weight), axis)
+        axes.append(axis)
+        if reason:
+            wrong.append(f"  `{path}`: {reason}")
+    if wrong:
+        raise ValueError(
+            f"`{caller}(..., pattern={pattern})` does not fit {len(wrong)} of {len(axes)} "
+            + "weights:\n"
+            + "\n".join(wrong)
+            + "\nLeave them out with `where=`, or choose another pattern. "
+            "`sites=jopt.sites(apply, params, *inputs)` says along which axis the inputs lie."
+        )
+    return axes
+
+
+def _summed(sites: Sequence[Site], path: str, shape: tuple[int, ...]) -> tuple[int, str | None]:
+    """The axis along which groups of inputs lie, or why it cannot be said."""
+    found = set()
+    for site in sites:
+        for use in site.uses:
+            if use.path != path or use.indexed:
+                continue
+            if not use.contracted:
+                return -2, f"`{site.operation}` at {site.source} sums over parts of its axes"
+            if site.operation == "conv_general_dilated":
+                # The features, not the window: of equal axes the last, as in [*window, in, out].
+                found.add(max(use.contracted, key=lambda axis: (shape[axis], axis)))
+            else:
+                found.add(max(use.contracted))
+    if len(found) > 1:
+        return -2, f"its products sum over different axes: {sorted(found)}"
+    return (found.pop(), None) if found else (-2, "no product in `sites` has it as its weight")
+
+
+def _matrices(path: str, leaf: Any) -> bool:
+    return _prunable(leaf) and jnp.ndim(trees.weight_of(leaf)) >= 2
+
+
+def _prunable(leaf: Any) -> bool:
+    if trees.is_typed(leaf) and not hasattr(leaf, "with_weight"):
+        return False
+    weight = trees.weight_of(leaf)
+    dtype = getattr(weight, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact) and jnp.ndim(weight) > 0
+
+
+def _describe(leaf: Any) -> str:
+    if trees.is_typed(leaf):
+        return f"typed leaf {type(leaf).__name__}"
+    return f"{type(leaf).__name__} of dtype {getattr(leaf, 'dtype', type(leaf).__name__)}"

@@ -1,0 +1,74 @@
+"""The stages: each takes a model and gives a model; `run` puts them in order."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jopt import quant, trees
+from jopt.recipe import _schema as schema
+from jopt.recipe import _tables as tables
+from jopt.recipe._fit import Place, fit
+from jopt.recipe._model import Model, initialise
+from jopt.recipe._task import Task
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a stage gives."""
+
+    model: Model
+    notes: tuple[str, ...] = ()  # what was asked for and not done, with the reason
+
+
+def run(
+    stage: schema.Fit, start: Model | None, teacher: Model | None, task: Task, place: Place
+) -> Outcome:
+    """Runs one stage that makes a model, or goes on with it from its newest checkpoint."""
+    model = _begin(stage, start, task, place)
+    notes: tuple[str, ...] = ()
+    if isinstance(stage, schema.Quantize):
+        model, notes = _calibrated(stage, model, task)
+    if stage.epochs > 0:
+        model = fit(stage, model, teacher, task, place)
+    if isinstance(stage, schema.Quantize):
+        model = dataclasses.replace(model, params=quant.quantize(model.params))
+    return Outcome(model, notes)
+
+
+def _begin(stage: schema.Fit, start: Model | None, task: Task, place: Place) -> Model:
+    """The model that the stage starts from: a fresh one, or the earlier stage's."""
+    config = getattr(stage, "model", None)
+    if config is not None:
+        return initialise(tables.module(config, task), task.inputs, jax.random.key(place.seed))
+    if start is None:  # the schema asks the first stage for a model
+        raise AssertionError(stage.name)
+    if _has_integers(start.params):
+        raise ValueError(
+            f"stage `{stage.name}` starts from integers, which do not train: "
+            "put it before the `quantize` stage, or `start` it from an earlier one."
+        )
+    return start
+
+
+def _calibrated(stage: schema.Quantize, model: Model, task: Task) -> tuple[Model, tuple[str, ...]]:
+    """The model with fake-quantized leaves, their static ranges found on training inputs."""
+    policy = tables.policy(stage.policy)
+    params = quant.qat(model.params, policy)
+    if not any(rule.static for rule in stage.policy):
+        return dataclasses.replace(model, params=params), ()
+
+    def apply(params: PyTree, inputs: jax.Array) -> jax.Array:
+        return model.module.apply({"params": params, **model.collections}, inputs)
+
+    batches = task.train_inputs(stage.calibration_batches, min(stage.batch_size, task.train_size))
+    params, rows = quant.calibrate(apply, params, batches)
+    undone = [row for row in rows if row.activation is not None and row.low is None]
+    notes = tuple(f"{stage.name}: `{row.path}`: {row.reason}" for row in undone)
+    return dataclasses.replace(model, params=params), notes
+
+
+def _has_integers(params: PyTree) -> bool:
+    return any(isinstance(leaf, quant.QArray) for _, leaf in trees.items(params))

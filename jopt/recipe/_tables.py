@@ -1,0 +1,189 @@
+"""From the names that recipes use to functions: data sets, models, schedules, optimizers, formats.
+
+The one place where a string stands for code. A new kind is a block in `_schema` and a case here.
+"""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jopt import data, nn, prune, quant, schedules
+from jopt.recipe import _schema as schema
+from jopt.recipe._task import Task
+
+
+def task(config: schema.Data, data_dir: pathlib.Path | None) -> Task:
+    """Loads the data set that a recipe names."""
+    match config:
+        case schema.Digits():
+            return Task.images(data.digits(), scale=None)
+        case schema.Cifar10():
+            dataset = data.cifar10(data_dir)
+            if config.train_examples is not None:
+                dataset = dataset.take(config.train_examples)
+            return Task.images(dataset, scale=(data.CIFAR10_MEAN, data.CIFAR10_STD))
+        case schema.Text():
+            return Task.text(data.text(config.file, data_dir), context=config.context)
+
+
+def module(config: schema.Model, task: Task) -> Any:
+    """The linen module that a recipe names, sized for the task."""
+    match config:
+        case schema.ConvNet():
+            return nn.ConvNet(
+                widths=config.widths,
+                classes=task.classes,
+                depth=config.depth,
+                hidden=config.hidden,
+                dropout=config.dropout,
+            )
+        case schema.SimpleCNN():
+            return nn.SimpleCNN(classes=task.classes, dropout=config.dropout, init=config.init)
+        case schema.CharTransformer():
+            return nn.CharTransformer(
+                vocab=task.classes,
+                layers=config.layers,
+                width=config.width,
+                heads=config.heads,
+                context=task.inputs.shape[-1],
+                dropout=config.dropout,
+            )
+
+
+def learning_rate(
+    config: schema.LearningRate | float, *, epoch: float, steps: int
+) -> float | optax.Schedule:
+    """The schedule in steps: `epoch` is the steps in one epoch, `steps` those of the stage."""
+    match config:
+        case schema.Constant():
+            return config.value
+        case schema.Cosine():
+            warmup = round(config.warmup * steps)
+            return optax.warmup_cosine_decay_schedule(
+                init_value=config.peak if warmup == 0 else 0.0,
+                peak_value=config.peak,
+                warmup_steps=warmup,
+                decay_steps=max(steps, warmup + 1),
+                end_value=config.peak * config.end,
+            )
+        case schema.Multistep():
+            milestones = [round(milestone * epoch) for milestone in config.milestones]
+            return schedules.multistep(config.init, milestones, config.gamma)
+        case schema.Exponential():
+            return optax.exponential_decay(
+                config.init,
+                transition_steps=max(1, round(config.every * epoch)),
+                decay_rate=config.rate,
+                staircase=config.staircase,
+            )
+        case schema.Natural():
+            return schedules.natural_decay(config.init, config.decay / epoch)
+        case schema.WarmupStableDecay():
+            return schedules.warmup_stable_decay(
+                config.peak,
+                steps,
+                warmup=round(config.warmup * steps),
+                decay=round(config.decay * steps),
+                shape=config.shape,
+            )
+        case _:
+            return float(config)
+
+
+def optimizer(
+    config: schema.Optimizer, *, epoch: float, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """The gradient transformation that a recipe describes."""
+    rate = learning_rate(config.learning_rate, epoch=epoch, steps=steps)
+    decay = config.weight_decay
+    match config.kind:
+        case "sgd":
+            rule = optax.sgd(rate, momentum=config.momentum or None, nesterov=config.nesterov)
+        case "adam":
+            rule = optax.adam(rate)
+        case "adagrad":
+            rule = optax.adagrad(rate)
+        case "adamw":
+            rule = optax.adamw(rate, weight_decay=decay, mask=_matrices)
+        case "lion":
+            rule = optax.lion(rate, weight_decay=decay, mask=_matrices)
+    links = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
+    if decay and config.kind in ("sgd", "adam", "adagrad"):
+        links.append(optax.add_decayed_weights(decay, mask=_matrices))
+    return optax.chain(*links, rule)
+
+
+def pruning(
+    config: schema.Sparsity, *, epoch: float, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """The link of the chain that prunes, its schedule in steps."""
+    if isinstance(config.pattern, schema.NM):
+        n, m = config.pattern.n, config.pattern.m
+        return prune.sparsify(
+            1 - n / m,
+            pattern=prune.NM(n, m),
+            scope="layer",
+            where=config.where,
+            every=config.every,
+        )
+    if config.target is not None:
+        schedule = schedules.cubic_sparsity(
+            config.target, begin=round(config.begin * steps), end=max(1, round(config.end * steps))
+        )
+    else:
+        points = {round(point.epoch * epoch): point.sparsity for point in config.at}
+        schedule = schedules.steps_sparsity(sorted(points.items()))
+    return prune.sparsify(schedule, scope=config.scope, where=config.where, every=config.every)
+
+
+def policy(rules: tuple[schema.Rule, ...]) -> list[tuple[Any, quant.Spec | None]]:
+    """The quantization policy that a recipe writes as rules."""
+    return [(_listed(rule.where), _spec(rule)) for rule in rules]
+
+
+def augmentation(config: schema.Augment) -> Callable[[Any, jax.Array], Any] | None:
+    """Random changes of a batch of images inside the step, or `None` where there are none."""
+    if not config.shift and not config.flip:
+        return None
+
+    def transform(batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+        images = batch["inputs"]
+        shift_key, flip_key = jax.random.split(key)
+        if config.shift:
+            images = data.random_shift(images, shift_key, config.shift)
+        if config.flip:
+            images = data.random_flip(images, flip_key)
+        return {**batch, "inputs": images}
+
+    return transform
+
+
+def _spec(rule: schema.Rule) -> quant.Spec | None:
+    if rule.weight is None:
+        return None
+    weight = quant.Int(
+        rule.weight.bits,
+        symmetric=rule.weight.symmetric,
+        granularity=rule.weight.granularity,
+        group_size=rule.weight.group_size,
+    )
+    activation = None
+    if rule.activation is not None:
+        activation = quant.Int(
+            rule.activation.bits, symmetric=rule.activation.symmetric, granularity="tensor"
+        )
+    return quant.Spec(weight, activation, static=rule.static)
+
+
+def _listed(where: schema.Where) -> str | list[str]:
+    return where if isinstance(where, str) else list(where)
+
+
+def _matrices(params: Any) -> Any:
+    """Marks what weight decay acts on: kernels and embeddings, not biases or normalization."""
+    return jax.tree.map(lambda leaf: np.ndim(leaf) >= 2 and jnp.issubdtype(leaf.dtype, jnp.inexact), params)

@@ -1,0 +1,18 @@
+"""Any JAX function, traced and evaluated again: on typed leaves, with statistics, site by site."""
+
+from .leaf import Leaf as Leaf
+from .rules import rule as rule
+from .sites import Site as Site
+from .sites import Use as Use
+from .sites import flops as flops
+from .sites import sites as sites
+from .taps import Stat as Stat
+from .taps import merge as merge
+from .walk import Call as Call
+from .walk import collect as collect
+from .walk import lift as lift
+
+# Importing these registers what `lift` does with constructs that have bodies, and with operations
+# that change no value.
+from . import control as control  # isort: skip
+from . import through as through  # isort: skip

@@ -1,0 +1,149 @@
+"""The only file that knows how a JAX version spells its jaxprs.
+
+Runs unchanged on JAX 0.10.2 to 0.12. The rest of the engine asks here for the pieces of an equation
+and hands equations back; what JAX renames next is renamed here, once.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src.core import pvary_p
+from jax._src.lax.lax import optimization_barrier_p
+from jax._src.sharding_impls import UNSPECIFIED
+from jax.core import eval_jaxpr
+from jax.extend import core, source_info_util
+from jax.extend.core import primitives
+
+Primitive = core.Primitive
+Literal = core.Literal
+DropVar = core.DropVar
+
+JIT, REMAT = primitives.jit_p, primitives.remat_p
+CUSTOM_JVP, CUSTOM_VJP = primitives.custom_jvp_call_p, primitives.custom_vjp_call_p
+SCAN, WHILE, COND = primitives.scan_p, primitives.while_p, primitives.cond_p
+INLINE = (primitives.call_p, primitives.closed_call_p)
+CALLS = (JIT, REMAT, CUSTOM_JVP, CUSTOM_VJP, *INLINE)  # one body, run once, on the operands
+MARKS = (primitives.name_p, primitives.copy_p, pvary_p)  # one operand, value unchanged
+STOP_GRADIENT, BARRIER = primitives.stop_gradient_p, optimization_barrier_p
+SHARDING_CONSTRAINT = primitives.sharding_constraint_p
+
+Jaxpr = Any  # `ClosedJaxpr` merged into `Jaxpr` in 0.12, so neither name serves both
+Equation = Any
+
+
+def opened(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    """The equations of a jaxpr, closed or not, and the values of its constants."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def body_of(equation: Equation) -> Jaxpr:
+    """The body of an equation that runs one, once."""
+    params = equation.params
+    return params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
+
+
+def constant(value: Any, like: Any) -> jax.Array:
+    """An array of one value with the type of `like`, within a `shard_map` as well."""
+    aval = like if isinstance(like, jax.ShapeDtypeStruct) else jax.typeof(like)
+    array = jax.lax.full(aval.shape, value, aval.dtype)
+    varying = getattr(aval.manual_axis_type, "varying", frozenset())
+    return jax.lax.pcast(array, tuple(sorted(varying)), to="varying") if varying else array
+
+
+def is_array(value: Any) -> bool:
+    """Whether a leaf of the arguments becomes an input of the jaxpr (else it stays Python)."""
+    return isinstance(value, jax.Array | np.ndarray)
+
+
+def run(jaxpr: Jaxpr, equations: Sequence[Equation], names: dict, keep: Sequence[Any]) -> list[Any]:
+    """Evaluates consecutive equations of `jaxpr` exactly as JAX does; returns the variables `keep`.
+
+    Binding, contexts, source lines and effects all stay JAX's affair. `names` maps variables to
+    values.
+    """
+    made: set[Any] = set()
+    needed: dict[Any, None] = {}
+    for equation in equations:
+        for atom in equation.invars:
+            if not isinstance(atom, Literal) and atom not in made:
+                needed[atom] = None
+        made.update(equation.outvars)
+    part = jaxpr.replace(
+        constvars=(),
+        invars=list(needed),
+        outvars=list(keep),
+        eqns=list(equations),
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    return eval_jaxpr(part, (), *(names[variable] for variable in needed))
+
+
+def bind(equation: Equation, operands: Sequence[Any]) -> list[Any]:
+    """Runs one equation on other operands; their shapes may differ from the traced ones."""
+    primitive = equation.primitive
+    params = primitive.get_bind_params(equation.params)
+    result = primitive.bind(*operands, **params)
+    return list(result) if primitive.multiple_results else [result]
+
+
+@contextlib.contextmanager
+def context(equation: Equation) -> Iterator[None]:
+    """Operations bound inside carry the equation's name, source line and context."""
+    info = equation.source_info
+    stack = source_info_util.current_name_stack() + info.name_stack
+    with source_info_util.user_context(info.traceback, name_stack=stack), equation.ctx.manager:
+        yield
+
+
+def scope(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Operations bound inside have `name` at the end of their name stack."""
+    return source_info_util.extend_name_stack(name)
+
+
+def name_of(equation: Equation) -> str:
+    """The name stack of an equation, such as `MLP/Dense_0`, within its own jaxpr."""
+    return str(equation.source_info.name_stack)
+
+
+def source_of(equation: Equation) -> str:
+    """The user's source line, such as `model.py:12 (f)`."""
+    return source_info_util.summarize(equation.source_info)
+
+
+def scan_counts(equation: Equation) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are the carry."""
+    params = equation.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carry, _ = params["ft_in"].elts  # 0.11 and newer
+    return len(constants), len(carry)
+
+
+def shard_count(equation: Equation) -> int:
+    """Over how many shards a `shard_map` runs its body."""
+    mesh, axes = equation.params["mesh"], equation.params["newly_manual_axes"]
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def branch_platforms(equation: Equation) -> tuple[tuple[str, ...] | None, ...] | None:
+    """What chooses the branches of a cond: platforms (None: the default), or None for an index."""
+    return equation.params.get("branches_platforms")
+
+
+def jit_options(equation: Equation) -> dict[str, Any]:
+    """What an inner `jit` says that inlining it would lose, as arguments of `jax.jit`.
+
+    Shardings are tuples, one entry for each operand or result; `UNSPECIFIED` where nothing is said.
+    """
+    params = equation.params
+    options: dict[str, Any] = {}
+    for key in ("in_shardings", "out_shardings"):
+        if any(sharding is not UNSPECIFIED for sharding in params[key]):
+            options[key] = params[key]
+    if any(params["donated_invars"]):
+        options["donate_argnums"] = tuple(i for i, d in enumerate(params["donated_invars"]) if d)
+    return options

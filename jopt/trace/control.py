@@ -1,0 +1,254 @@
+"""Constructs with bodies: each public function of JAX is called again on the evaluated body.
+
+A typed leaf goes into a body as a constant or as a scan's `xs`, its arrays sliced with it. What
+leaves a body through a carry or out of a branch has one type in every iteration and branch, so it
+is materialised there. A leaf rule registered for a construct goes first.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from . import compat, taps
+from .rules import structure
+from .through import placement
+from .walk import Frame, Tracked, dense, evaluate, materialised
+
+
+@structure(*compat.INLINE)
+def _inline(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
+    return evaluate(frame, compat.body_of(equation), operands)
+
+
+@structure(compat.JIT)
+def _jit(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
+    """Inlined under its name, unless it says something about placement or donation."""
+    name, options = equation.params["name"], compat.jit_options(equation)
+    if not options:
+        with compat.scope(f"jit({name})"):
+            return evaluate(frame, compat.body_of(equation), operands)
+
+    def body(*operands: Any) -> Any:
+        return _dense_outputs(frame.inner(), compat.body_of(equation), operands)
+
+    if "in_shardings" in options:
+        pairs = zip(operands, options["in_shardings"], strict=True)
+        options["in_shardings"] = tuple(_placed(x, sharding) for x, sharding in pairs)
+    if "out_shardings" in options:
+        options["out_shardings"] = (list(options["out_shardings"]), compat.UNSPECIFIED)
+    body.__name__ = name
+    results, records = jax.jit(body, **options)(*operands)
+    _hand_over(frame, records)
+    return results
+
+
+@structure(compat.REMAT)
+def _remat(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
+    params = equation.params
+
+    def body(*operands: Any) -> Any:
+        if params["differentiated"] and params["prevent_cse"]:
+            # The forward half of a differentiated body is behind a barrier, so that XLA does not
+            # undo the recomputation; a new `jax.checkpoint` would set one only where it is
+            # differentiated again.
+            operands = jax.lax.optimization_barrier(operands)
+        return _dense_outputs(frame.inner(), compat.body_of(equation), operands)
+
+    again = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
+    results, records = again(*operands)
+    _hand_over(frame, records)
+    return results
+
+
+@structure(compat.SCAN)
+def _scan(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
+    """A scan again: leaves stay typed as constants and as `xs`."""
+    params = equation.params
+    split, carried = compat.scan_counts(equation)
+    constants = [_entering(x, sliced=False) for x in operands[:split]]
+    init = [materialised(x) for x in operands[split : split + carried]]
+    xs = [
+        _entering(_stacked(x, params["length"], equation), sliced=True)
+        for x in operands[split + carried :]
+    ]
+
+    def body(carry: Any, x: Any) -> Any:
+        carry, kept = carry
+        results, records = _dense_outputs(frame.inner(), params["jaxpr"], [*constants, *carry, *x])
+        merged, stacked = _leaving(records)
+        kept = {name: taps.merged(name, kept[name], merged[name]) for name in kept}
+        return (results[:carried], kept), (results[carried:], stacked)
+
+    def first(init: Any, xs: Any) -> Any:
+        x = jax.tree.map(lambda array: array[0], xs)
+        return _leaving(_dense_outputs(frame.inner(), params["jaxpr"], [*constants, *init, *x])[1])
+
+    kept = {}
+    if frame.recorder is not None and params["length"] > 0:
+        kept = taps.identity(jax.eval_shape(first, init, xs)[0])
+    (carry, kept), (ys, stacked) = jax.lax.scan(
+        body,
+        (init, kept),
+        xs,
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    _hand_over(frame, {**kept, **stacked})
+    return [*carry, *ys]
+
+
+@structure(compat.WHILE)
+def _while(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
+    params = equation.params
+    first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    conditions, constants = operands[:first], operands[first:second]
+    constants = [_entering(x, sliced=False) for x in constants]
+    init = [materialised(x) for x in operands[second:]]
+
+    def condition(carry: Any) -> Any:
+        values = evaluate(frame.silent(), params["cond_jaxpr"], [*conditions, *carry[0]])
+        return materialised(values[0])
+
+    def step(carry: Any) -> Any:
+        results, records = _dense_outputs(frame.inner(), params["body_jaxpr"], [*constants, *carry])
+        return results, _leaving(records)[0]
+
+    def body(carry: Any) -> Any:
+        results, records = step(carry[0])
+        return results, {n: taps.merged(n, carry[1][n], records[n]) for n in carry[1]}
+
+    kept = {}
+    if frame.recorder is not None:
+        kept = taps.identity(jax.eval_shape(step, init)[1])
+    results, kept = jax.lax.while_loop(condition, body, (init, kept))
+    _hand_over(frame, kept)
+    return results
+
+
+@structure(compat.COND)
+def _cond(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
+    """A switch again, on an index or on the platform; statistics of all branches merge."""
+    index, *operands = operands
+    jaxprs = equation.params["branches"]
+
+    def plain(jaxpr: Any) -> Any:
+        return lambda *operands: _dense_outputs(frame.inner(), jaxpr, operands)
+
+    branches, every = [plain(jaxpr) for jaxpr in jaxprs], {}
+    if frame.recorder is not None:
+        for branch in branches:
+            recorder = taps.Recorder()
+            recorder.extend(every)
+            recorder.extend(taps.identity(jax.eval_shape(branch, *operands)[1]))
+            every = recorder.records
+
+    def padded(branch: Any) -> Any:
+        def run(*operands: Any) -> Any:
+            results, records = branch(*operands)
+            return results, {**taps.identity(every), **records}
+
+        return run
+
+    branches = [padded(branch) for branch in branches]
+    platforms = compat.branch_platforms(equation)
+    if platforms is None:
+        results, records = jax.lax.switch(materialised(index), branches, *operands)
+    else:
+        named = zip(platforms, branches, strict=True)
+        chosen = {name: branch for names, branch in named for name in names or ("default",)}
+        default = chosen.pop("default", None)
+        results, records = jax.lax.platform_dependent(*operands, default=default, **chosen)
+    _hand_over(frame, records)
+    return results
+
+
+@structure(compat.CUSTOM_JVP)
+def _custom_jvp(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
+    """The value is the evaluated body's, the derivative the author's, at the dense weights."""
+
+    @jax.custom_jvp
+    def call(*operands: Any) -> Any:
+        return _dense_outputs(frame.inner(), equation.params["call_jaxpr"], operands)
+
+    @call.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        def authored(*operands: Any) -> Any:
+            return compat.bind(equation, [materialised(x) for x in operands])
+
+        results, records = call(*primals)
+        _, derivative = jax.jvp(authored, primals, tangents)
+        return (results, records), (derivative, jax.tree.map(_zero_tangent, records))
+
+    results, records = call(*operands)
+    _hand_over(frame, records)
+    return results
+
+
+@structure(compat.CUSTOM_VJP)
+def _custom_vjp(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
+    why = "a `jax.custom_vjp` function is called on dense weights, so that its derivative is kept"
+    return dense(frame, equation, operands, why)
+
+
+def _placed(value: Any, sharding: Any) -> Any:
+    """The shardings of an operand's arrays."""
+    if not isinstance(value, Tracked) or not isinstance(sharding, NamedSharding):
+        return compat.UNSPECIFIED if isinstance(value, Tracked) else sharding
+    place = placement(value, sharding)
+    return jax.tree.map(lambda array: place(array) or compat.UNSPECIFIED, value)
+
+
+def _dense_outputs(frame: Frame, jaxpr: Any, operands: Sequence[Any]) -> tuple[list[Any], Any]:
+    results = [materialised(x) for x in evaluate(frame, jaxpr, operands)]
+    return results, frame.records()
+
+
+def _hand_over(frame: Frame, records: dict[str, taps.Record]) -> None:
+    if frame.recorder is not None:
+        frame.recorder.extend(records)
+
+
+def _entering(value: Any, *, sliced: bool) -> Any:
+    if not isinstance(value, Tracked):
+        return value
+    return Tracked(value.leaf, value.path, (*value.stacked, sliced))
+
+
+def _leaving(records: dict[str, taps.Record]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits a loop body's records into those to merge over iterations and those to stack."""
+    merged, stacked = {}, {}
+    for name, record in records.items():
+        kind = stacked if record.stacked[-1] else merged
+        kind[name] = taps.Record(record.stat, record.stacked[:-1])
+    return merged, stacked
+
+
+def _stacked(value: Any, length: int, equation: Any) -> Any:
+    """A leaf whose every array has the leading axis that a scan slices."""
+    if not isinstance(value, Tracked):
+        return value
+
+    def stretched(array: Any) -> Any:
+        if array.shape[:1] == (length,):
+            return array
+        if array.shape[:1] in ((), (1,)):  # shared by all layers, such as a whole tensor's scale
+            return jnp.broadcast_to(array, (length, *array.shape[1:]))
+        raise ValueError(
+            f"`lift(apply)`: a scan over {length} slices (`{value.path}`, "
+            f"{compat.source_of(equation)}) met a `{type(value.leaf).__name__}` that holds an "
+            f"array of shape {array.shape}. Every array in a typed leaf has the rank of the value, "
+            "each axis as long as the value's or 1."
+        )
+
+    return jax.tree.map(stretched, value)
+
+
+def _zero_tangent(x: Any) -> Any:
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return compat.constant(0, x)
+    return np.zeros(x.shape, jax.dtypes.float0)

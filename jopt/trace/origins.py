@@ -1,0 +1,227 @@
+"""Which parameter a value comes from, and which of its axes each axis of the value runs along.
+
+Layout operations (reshape, transpose, slice, broadcast, gather, ...) keep that knowledge; so do
+element-wise operations on parameters alone. Everything else loses it, which is never wrong.
+"""
+
+import collections
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jopt import trees
+
+
+class Part(NamedTuple):
+    """A factor of an axis: a stretch of one axis of the parameter, or none of it (broadcast)."""
+
+    axis: int | None  # counted from the end
+    size: int
+
+
+Axes = tuple[tuple[Part, ...], ...]  # for each axis of a value, its parts, slowest first
+
+
+class Origin(NamedTuple):
+    """A parameter that a value is made of."""
+
+    path: str
+    axes: Axes | None  # None: the axes can no longer be told
+    bits: int  # of the whole parameter
+    indexed: bool = False  # picked by an index that the inputs choose, such as an embedding's rows
+
+
+class View(NamedTuple):
+    """What is known of a value."""
+
+    origins: tuple[Origin, ...] = ()
+    constant: bool = False  # depends on parameters and constants alone
+
+    def map(self, f: Callable[[Axes], Axes | None]) -> "View":
+        """The view with `f` applied to the axes of every origin."""
+        origins = (o if o.axes is None else o._replace(axes=f(o.axes)) for o in self.origins)
+        return self._replace(origins=tuple(origins))
+
+
+NOTHING = View()
+CONSTANT = View((), True)
+
+
+def parameter(path: str, aval: Any) -> View:
+    """The view of a parameter itself."""
+    axes = tuple((Part(i - aval.ndim, size),) for i, size in enumerate(aval.shape))
+    return View((Origin(path, axes, aval.size * trees.bits_of(aval)),), True)
+
+
+def resized(view: View, shape: Sequence[int]) -> View:
+    """The view of a part of the value, of the given shape, such as one shard."""
+    return view.map(lambda axes: _resized(axes, shape))
+
+
+def sliced(view: View) -> View:
+    """The view of one slice along the leading axis, as a scan takes it."""
+    return view.map(lambda axes: axes[1:])
+
+
+def joined(views: Sequence[View]) -> View:
+    """The view of a value that is one of several, such as a branch's result."""
+    origins = dict.fromkeys(origin for view in views for origin in view.origins)
+    return View(tuple(origins), all(view.constant for view in views))
+
+
+def contracted(axes: Axes | None, summed: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The parameter's axes that a sum over the axes `summed` of a value runs over.
+
+    None where an axis is summed in part only: split, and one of its parts kept.
+    """
+    if axes is None or summed is None:
+        return None
+    touched = {part.axis for i in summed for part in axes[i]} - {None}
+    kept = {part.axis for i, parts in enumerate(axes) if i not in summed for part in parts}
+    return None if touched & kept else tuple(sorted(a for a in touched if a is not None))
+
+
+def follow(equation: Any, views: Sequence[View]) -> list[View]:
+    """The views of an equation's results, from those of its operands."""
+    name = equation.primitive.name
+    if name in _IDENTITIES:
+        return list(views[: len(equation.outvars)])
+    if name in _LAYOUTS:
+        view = _LAYOUTS[name](equation, views)
+        return [view._replace(constant=all(v.constant for v in views))]
+    constant = all(view.constant for view in views)
+    if name in _ELEMENTWISE and constant:
+        return [joined([v for v in views if v.origins] or [CONSTANT])]
+    return [CONSTANT if constant else NOTHING for _ in equation.outvars]
+
+
+def _reshape(equation: Any, views: Sequence[View]) -> View:
+    shape = equation.params["new_sizes"]
+    return views[0].map(lambda axes: refactored(axes, shape))
+
+
+def refactored(axes: Axes, shape: Sequence[int]) -> Axes | None:
+    """The parts of each axis after a reshape; None where an axis would be cut unevenly.
+
+    Example:
+      >>> refactored(((Part(-2, 6),), (Part(-1, 4),)), (2, 12))
+      ((Part(axis=-2, size=2),), (Part(axis=-2, size=3), Part(axis=-1, size=4)))
+    """
+    queue = collections.deque(part for parts in axes for part in parts if part.size != 1)
+    result = []
+    for needed in shape:
+        got = []
+        while needed != 1:
+            if not queue or needed == 0:
+                return None
+            part = queue.popleft()
+            if needed % part.size == 0:
+                got.append(part)
+                needed //= part.size
+            elif part.size % needed == 0:
+                got.append(Part(part.axis, needed))
+                queue.appendleft(Part(part.axis, part.size // needed))
+                needed = 1
+            else:
+                return None
+        result.append(tuple(got))
+    return tuple(result)
+
+
+def _resized(axes: Axes, shape: Sequence[int]) -> Axes | None:
+    """The parts after each axis keeps some of its entries, or gets more of the same kind."""
+    result = []
+    for parts, size in zip(axes, shape, strict=True):
+        if _size(parts) == size:
+            result.append(parts)
+        elif len(parts) == 1:
+            result.append((Part(parts[0].axis, size),))
+        else:
+            return None
+    return tuple(result)
+
+
+def _size(parts: Sequence[Part]) -> int:
+    size = 1
+    for part in parts:
+        size *= part.size
+    return size
+
+
+def _transpose(equation: Any, views: Sequence[View]) -> View:
+    order = equation.params["permutation"]
+    return views[0].map(lambda axes: tuple(axes[i] for i in order))
+
+
+def _squeeze(equation: Any, views: Sequence[View]) -> View:
+    gone = equation.params["dimensions"]
+    return views[0].map(lambda axes: tuple(p for i, p in enumerate(axes) if i not in gone))
+
+
+def _slice(equation: Any, views: Sequence[View]) -> View:
+    return resized(views[0], equation.outvars[0].aval.shape)
+
+
+def _broadcast(equation: Any, views: Sequence[View]) -> View:
+    shape, places = equation.params["shape"], equation.params["broadcast_dimensions"]
+
+    def spread(axes: Axes) -> Axes:
+        result: list[tuple[Part, ...]] = [(Part(None, size),) for size in shape]
+        for parts, place in zip(axes, places, strict=True):
+            if _size(parts) == shape[place]:
+                result[place] = parts
+        return tuple(result)
+
+    return views[0].map(spread)
+
+
+def _concatenate(equation: Any, views: Sequence[View]) -> View:
+    if not all(view.constant for view in views):
+        return NOTHING
+    shape = equation.outvars[0].aval.shape
+    return joined([resized(view, shape) for view in views])
+
+
+def _gather(equation: Any, views: Sequence[View]) -> View:
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    shape = equation.outvars[0].aval.shape
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+
+    def picked(axes: Axes) -> Axes | None:
+        kept = [i for i in range(len(axes)) if i not in gone]
+        taken = _resized(tuple(axes[i] for i in kept), [sizes[i] for i in kept])
+        if taken is None:
+            return None
+        result: list[tuple[Part, ...]] = [(Part(None, size),) for size in shape]
+        for place, parts in zip(numbers.offset_dims, taken, strict=True):
+            result[place] = parts
+        return tuple(result)
+
+    view = views[0].map(picked)
+    if not views[1].constant:
+        view = view._replace(origins=tuple(o._replace(indexed=True) for o in view.origins))
+    return view
+
+
+_LAYOUTS: dict[str, Callable[[Any, Sequence[View]], View]] = {
+    "reshape": _reshape,
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "slice": _slice,
+    "dynamic_slice": _slice,
+    "rev": lambda equation, views: views[0],
+    "broadcast_in_dim": _broadcast,
+    "concatenate": _concatenate,
+    "gather": _gather,
+}
+
+_IDENTITIES = {
+    *("convert_element_type", "copy", "copy_p", "device_put", "name", "optimization_barrier"),
+    *("pvary", "reduce_precision", "sharding_constraint", "stop_gradient"),
+}
+
+_ELEMENTWISE = {
+    *("abs", "add", "and", "ceil", "clamp", "cos", "div", "eq", "erf", "exp", "exp2", "expm1"),
+    *("floor", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt"),
+    *("max", "min", "mul", "ne", "neg", "not", "or", "pow", "rem", "round", "rsqrt", "select_n"),
+    *("sign", "sin", "sqrt", "square", "sub", "tanh", "xor"),
+}

@@ -1,0 +1,345 @@
+"""Evaluation of a jaxpr whose values may be typed leaves: `lift` and `collect`.
+
+An equation that meets no typed leaf goes back to JAX as it is. One that meets a typed leaf runs the
+rule registered for (primitive, leaf type), or is a construct that `control` knows how to call again
+on its evaluated body, or else materialises the leaf, which is an error unless allowed.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jopt import trees
+
+from . import compat, rules
+from .leaf import aval_of
+from .taps import Record, Recorder
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+# Public: what a user calls.
+
+
+def lift(apply: Callable[P, T], *, allow_dense: bool = False) -> Callable[P, T]:
+    """Makes a function accept typed leaves wherever its arguments hold arrays.
+
+    The function is traced anew at each call, with every typed leaf as the array it stands for;
+    its operations are then evaluated on the leaves themselves. Call the result under `jax.jit`,
+    since an eager call traces every time. Python values among the arguments (`train=True`) stay
+    Python.
+
+    Args:
+      apply: any JAX function.
+      allow_dense: materialise a leaf where an operation has no rule for its type, and do not
+        raise.
+
+    Returns:
+      A function with the arguments and results of `apply`. Where no argument is typed, it calls
+      `apply` and nothing else.
+
+    Raises:
+      ValueError: when the lifted function is called: if an operation has no rule for a typed leaf.
+
+    Example:
+      >>> import dataclasses, functools, jax, jax.numpy as jnp, jopt
+      >>> from jopt.trace import Leaf, rule
+      >>> @functools.partial(
+      ...     jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=[]
+      ... )
+      ... @dataclasses.dataclass(frozen=True)
+      ... class Halved(Leaf):
+      ...     value: jax.Array
+      ...
+      ...     def materialise(self):
+      ...         return self.value / 2
+      >>> @rule(jax.lax.dot_general_p, Halved)
+      ... def product(call, x, kernel):
+      ...     return call.bind(x, kernel.value) / 2
+      >>> jopt.lift(lambda w, x: x @ w)(Halved(jnp.eye(2)), jnp.ones((1, 2)))
+      Array([[0.5, 0.5]], dtype=float32)
+    """
+
+    @functools.wraps(apply)
+    def lifted(*args: P.args, **kwargs: P.kwargs) -> T:
+        return _call(apply, Frame(allow_dense), args, kwargs)
+
+    return lifted
+
+
+def collect(
+    apply: Callable[P, T], *, allow_dense: bool = False
+) -> Callable[P, tuple[T, dict[str, Any]]]:
+    """Makes a function accept typed leaves and return the statistics that their rules record.
+
+    A statistic recorded inside a scan is stacked over its iterations if the scan slices the leaf
+    that recorded it, and merged over them otherwise. Branches and loops merge. The condition of a
+    `while_loop` records nothing.
+
+    Args:
+      apply: any JAX function.
+      allow_dense: as in `lift`.
+
+    Returns:
+      A function returning `(out, stats)`: what `apply` returns, and the statistics by name.
+    """
+
+    @functools.wraps(apply)
+    def collected(*args: P.args, **kwargs: P.kwargs) -> tuple[T, dict[str, Any]]:
+        recorder = Recorder()
+        out = _call(apply, Frame(allow_dense, recorder), args, kwargs)
+        return out, recorder.stats()
+
+    return collected
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """An operation that met a typed leaf, as its rule sees it."""
+
+    equation: Any
+    frame: "Frame"
+    path: str  # of the leaf whose rule runs, within its argument, such as `params/Dense_0/kernel`
+    stacked: tuple[bool, ...]  # for each enclosing scan: does it slice the leaf?
+
+    @property
+    def primitive(self) -> Any:
+        """The operation."""
+        return self.equation.primitive
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The operation's parameters, such as `dimension_numbers`."""
+        return self.equation.params
+
+    @property
+    def out(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shape and dtype of each result in the function as traced."""
+        return tuple(
+            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self.equation.outvars
+        )
+
+    def bind(self, *operands: Any) -> Any:
+        """Runs the operation on other operands; typed ones go through their own rules."""
+        wrapped = [
+            Tracked(x, self.path, self.stacked) if trees.is_typed(x) else x for x in operands
+        ]
+        if any(isinstance(x, Tracked) for x in wrapped):
+            answers = _answer(self.frame, self.equation, wrapped, check=False)
+            results = [_leaf(x) for x in answers]
+        else:
+            results = compat.bind(self.equation, operands)
+        return results if self.primitive.multiple_results else results[0]
+
+    def record(self, name: str, stat: Any) -> None:
+        """Hands a statistic, a pytree of `Stat`, to `collect`; under plain `lift` does nothing."""
+        if self.frame.recorder is not None:
+            self.frame.recorder.add(name, Record(stat, self.stacked))
+
+
+# The walk: what `control` and `rules` build on.
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["leaf"], meta_fields=["path", "stacked"]
+)
+@dataclasses.dataclass(frozen=True)
+class Tracked:
+    """A typed leaf on its way through a function, with where it came from.
+
+    It is a pytree, so it passes through `scan`, `cond` and `checkpoint` as an operand and comes out
+    inside the body with its arrays sliced and its origin intact.
+    """
+
+    leaf: Any
+    path: str
+    stacked: tuple[bool, ...] = ()
+
+    def materialise(self) -> jax.Array:
+        """The array that the leaf stands for."""
+        return self.leaf.materialise()
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """How one body is evaluated."""
+
+    allow_dense: bool
+    recorder: Recorder | None = None
+
+    def inner(self) -> "Frame":
+        """The frame of a nested body, which records on its own."""
+        return Frame(self.allow_dense, None if self.recorder is None else Recorder())
+
+    def silent(self) -> "Frame":
+        """The same, recording nothing."""
+        return Frame(self.allow_dense)
+
+    def records(self) -> dict[str, Record]:
+        """What has been recorded in this frame."""
+        return {} if self.recorder is None else self.recorder.records
+
+
+def evaluate(frame: Frame, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+    """Evaluates a jaxpr, closed or not, on arrays and `Tracked` leaves; results are such, too.
+
+    Equations that meet no leaf wait until the next one that does, then go to JAX in one piece.
+    """
+    jaxpr, constants = compat.opened(jaxpr)
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *operands], strict=True))
+    tracked = {variable for variable, value in values.items() if isinstance(value, Tracked)}
+    last_use = _last_use(jaxpr)
+    waiting: list[Any] = []
+
+    def flush(position: int) -> None:
+        if waiting:
+            made = [v for equation in waiting for v in equation.outvars]
+            keep = [v for v in made if last_use.get(v, -1) >= position]
+            values.update(zip(keep, compat.run(jaxpr, waiting, values, keep), strict=True))
+            waiting.clear()
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, compat.Literal) else values[atom]
+
+    for position, equation in enumerate(jaxpr.eqns):
+        if not any(not isinstance(v, compat.Literal) and v in tracked for v in equation.invars):
+            waiting.append(equation)
+            continue
+        flush(position)
+        results = dispatch(frame, equation, [read(v) for v in equation.invars])
+        for variable, value in zip(equation.outvars, results, strict=True):
+            values[variable] = value
+            if isinstance(value, Tracked):
+                tracked.add(variable)
+    flush(len(jaxpr.eqns))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def dispatch(frame: Frame, equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
+    """Runs one equation that has a typed operand, as a construct or by rule."""
+    with compat.context(equation):
+        return _answer(frame, equation, operands, check=True)
+
+
+def _answer(frame: Frame, equation: Any, operands: Sequence[Any], *, check: bool) -> Sequence[Any]:
+    """By rule, or as a construct, or on materialised leaves."""
+    raw = [_leaf(x) for x in operands]
+    for function, origin in _candidates(equation.primitive, operands):
+        result = function(Call(equation, frame, origin.path, origin.stacked), *raw)
+        if result is NotImplemented:
+            continue
+        results = list(result) if equation.primitive.multiple_results else [result]
+        if check:
+            _check(equation, function, results)
+        return [
+            Tracked(x, origin.path, origin.stacked) if trees.is_typed(x) else x for x in results
+        ]
+    if (construct := rules.structure_of(equation.primitive)) is not None:
+        return construct(frame, equation, operands)
+    return dense(frame, equation, operands)
+
+
+def dense(frame: Frame, equation: Any, operands: Sequence[Any], why: str = "") -> list[Any]:
+    """Runs one equation on materialised leaves, if that is allowed."""
+    for x in operands:
+        if isinstance(x, Tracked) and not (
+            frame.allow_dense or getattr(x.leaf, "always_dense", False)
+        ):
+            raise ValueError(_refusal(equation, x, why))
+    return compat.bind(equation, [materialised(x) for x in operands])
+
+
+def materialised(value: Any) -> Any:
+    """The array that a `Tracked` leaf stands for; any other value unchanged."""
+    return value.materialise() if isinstance(value, Tracked) else value
+
+
+# Helpers, in order of use.
+
+
+def _call(apply: Callable[..., T], frame: Frame, args: Any, kwargs: Any) -> T:
+    flat, structure_in = jax.tree_util.tree_flatten_with_path(
+        (args, kwargs), is_leaf=trees.is_typed
+    )
+    leaves = [leaf for _, leaf in flat]
+    if not any(trees.is_typed(leaf) for leaf in leaves):
+        return apply(*args, **kwargs)
+    dynamic = [i for i, x in enumerate(leaves) if trees.is_typed(x) or compat.is_array(x)]
+
+    def flat_apply(*arrays: jax.Array) -> Any:
+        filled = list(leaves)
+        for i, array in zip(dynamic, arrays, strict=True):
+            filled[i] = array
+        args, kwargs = jax.tree.unflatten(structure_in, filled)
+        return apply(*args, **kwargs)
+
+    avals = [aval_of(leaves[i]) if trees.is_typed(leaves[i]) else leaves[i] for i in dynamic]
+    jaxpr, out = jax.make_jaxpr(flat_apply, return_shape=True)(*avals)
+    operands = [
+        Tracked(leaves[i], jax.tree_util.keystr(flat[i][0][2:], simple=True, separator="/"))
+        if trees.is_typed(leaves[i])
+        else leaves[i]
+        for i in dynamic
+    ]
+    results = [materialised(x) for x in evaluate(frame, jaxpr, operands)]
+    results = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in results]
+    return jax.tree.unflatten(jax.tree.structure(out), results)
+
+
+def _last_use(jaxpr: Any) -> dict[Any, int]:
+    """The position of the equation that reads each variable last; past the end for results."""
+    last: dict[Any, int] = {}
+    for position, equation in enumerate(jaxpr.eqns):
+        for atom in equation.invars:
+            if not isinstance(atom, compat.Literal):
+                last[atom] = position
+    for atom in jaxpr.outvars:
+        if not isinstance(atom, compat.Literal):
+            last[atom] = len(jaxpr.eqns)
+    return last
+
+
+def _leaf(value: Any) -> Any:
+    return value.leaf if isinstance(value, Tracked) else value
+
+
+def _candidates(primitive: Any, operands: Sequence[Any]) -> list[tuple[rules.Rule, Tracked]]:
+    """The rules to ask, each once, with the operand that it is asked for."""
+    found: dict[rules.Rule, Tracked] = {}
+    for operand in operands:
+        if isinstance(operand, Tracked):
+            for function in rules.rules_of(primitive, type(operand.leaf)):
+                found.setdefault(function, operand)
+    return list(found.items())
+
+
+def _check(equation: Any, function: rules.Rule, results: Sequence[Any]) -> None:
+    """Raises where a rule's results have not the shapes and dtypes that the function expects."""
+    for variable, value in zip(equation.outvars, results, strict=True):
+        found = aval_of(value) if trees.is_typed(value) else jax.typeof(value)
+        expected = variable.aval
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            raise TypeError(
+                f"The rule `{function.__qualname__}` for `{equation.primitive}` returned "
+                f"{found.dtype}{list(found.shape)}; the function expects "
+                f"{expected.dtype}{list(expected.shape)} ({compat.source_of(equation)})."
+            )
+
+
+def _refusal(equation: Any, tracked: Tracked, why: str) -> str:
+    kind = type(tracked.leaf).__name__
+    where = f"`{tracked.path}`" if tracked.path else "an argument"
+    reason = why or f"`{equation.primitive}` has no rule for `{kind}`"
+    if not why and (asked := _candidates(equation.primitive, [tracked])):
+        names = ", ".join(f"`{function.__qualname__}`" for function, _ in asked)
+        reason = f"the rule {names} for `{equation.primitive}` cannot serve these operands"
+    return (
+        f"`lift(apply)` would make {where} dense: {reason} ({compat.source_of(equation)}).\n"
+        f"Pass `lift(apply, allow_dense=True)` to allow it, register a rule with "
+        f"`jopt.trace.rule({equation.primitive}_p, {kind})`, or keep this weight an array."
+    )

@@ -1,0 +1,213 @@
+"""A whole run on real digits: what it leaves behind, and that killing it changes nothing."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("sklearn")
+
+from jopt import artifact, data, prune, quant, recipe, trees
+
+RECIPE = """\
+name: tiny
+data: {kind: digits}
+stages:
+  - stage: train
+    name: teacher
+    model: {kind: convnet, widths: [8], dropout: 0.1}
+    epochs: 3
+    batch_size: 32
+    augment: {shift: 1}
+    optimizer: {kind: adamw, learning_rate: 0.01, weight_decay: 0.01}
+  - stage: sparsify
+    name: sparse
+    sparsity: {target: 0.8, end: 0.5, every: 5}
+    distill: {teacher: teacher, temperature: 2, weight: 0.5}
+    epochs: 2
+  - stage: quantize
+    name: int8
+    policy:
+      - {where: "**/kernel", weight: {bits: 8}, activation: {symmetric: false}, static: true}
+    epochs: 1
+    calibration_batches: 2
+  - stage: export
+"""
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's own Adam needs it: it raises a float to an integer power."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(path, tmp_path_factory) -> tuple[pathlib.Path, float]:
+    """A run that was not cut, in a process of its own, and the seconds that it took."""
+    out = tmp_path_factory.mktemp("whole")
+    began = time.monotonic()
+    done = subprocess.run(_command(path, out), env=_environment(path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out, time.monotonic() - began
+
+
+def test_every_stage_is_recorded(whole):
+    out, _ = whole
+    run = json.loads((out / "run.json").read_text())
+    assert list(run["stages"]) == ["teacher", "sparse", "int8", "export"]
+    teacher, sparse, small, _ = run["stages"].values()
+    assert teacher["accuracy"] > 0.8
+    assert teacher["bytes"] > 2 * sparse["bytes"] > 2 * small["bytes"]
+    assert all(share == 0 for share in teacher["sparsity"].values())
+    for layer, share in sparse["sparsity"].items():
+        assert small["sparsity"][layer] >= share > 0  # rounding may add zeros, never lose them
+
+
+def test_pruned_weights_stay_zero_through_quantization(whole, path):
+    result = recipe.run(recipe.load(path), whole[0], resume=True, quiet=True)
+    sparse, small = result.models["sparse"], result.models["int8"]
+    kept = prune.report(sparse.masks).values()
+    share = sum(row.kept for row in kept) / sum(row.total for row in kept)
+    assert share == pytest.approx(0.2, abs=1e-3)
+    before, after = dict(trees.items(sparse.params)), dict(trees.items(small.params))
+    kernels = [name for name in after if name.endswith("kernel")]
+    assert kernels
+    for name in kernels:
+        assert isinstance(after[name], quant.QArray) and after[name].static
+        assert not np.asarray(after[name].materialise())[np.asarray(before[name]) == 0].any()
+
+
+def test_the_artifact_runs_and_does_as_well(whole):
+    out, _ = whole
+    model = artifact.load(out / "artifact")
+    images, labels = data.digits().test
+    accuracy = float(np.mean(np.argmax(model(images), -1) == labels))
+    record = json.loads((out / "run.json").read_text())["stages"]["int8"]
+    assert accuracy == pytest.approx(record["accuracy"], abs=1e-6)
+    assert (out / "artifact" / "weights.safetensors").stat().st_size == record["bytes"]
+
+
+def test_the_report_is_written(whole):
+    out, _ = whole
+    rows = json.loads((out / "report.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["teacher", "sparse", "int8"]
+    assert rows[0]["latency"] == 1.0 and all(row["flops"] > 0 for row in rows)
+    assert "<table" in (out / "report.html").read_text()
+    assert {p.name for p in out.glob("*.png")} == {"losses.png", "sparsity.png", "tradeoff.png"}
+
+
+@pytest.mark.parametrize("attempt", range(2))
+def test_killed_and_resumed_ends_with_the_same_bits(whole, path, tmp_path, attempt):
+    reference, seconds = whole
+    seed = random.SystemRandom().randrange(1000)
+    generator = random.Random(seed)
+    print(f"seed {seed}")  # shown when the test fails
+    kills = 0
+    for round in range(6):
+        process = subprocess.Popen(
+            [*_command(path, tmp_path), "--resume"],
+            env=_environment(path),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        limit = 600 if round == 5 else generator.uniform(0.25, 0.9) * seconds
+        try:
+            assert process.wait(limit) == 0, process.stderr.read()
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        finally:
+            process.stderr.close()
+    assert kills > 0
+    for name in ("artifact/weights.safetensors", "artifact/model.stablehlo"):
+        assert (tmp_path / name).read_bytes() == (reference / name).read_bytes(), name
+    for log in sorted(reference.glob("stages/*/metrics.jsonl")):
+        assert (tmp_path / log.relative_to(reference)).read_text() == log.read_text(), log
+    records = [json.loads((folder / "run.json").read_text())["stages"] for folder in (reference, tmp_path)]
+    for stage in records[0].values():
+        del stage["seconds"]
+    for stage in records[1].values():
+        del stage["seconds"]
+    assert records[0] == records[1]
+
+
+def test_a_folder_that_is_taken(whole, path, tmp_path):
+    config = recipe.load(path)
+    with pytest.raises(recipe.RecipeError, match="already holds a run: add `--resume`"):
+        recipe.run(config, whole[0])
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(recipe.RecipeError, match="not empty and holds no run"):
+        recipe.run(config, tmp_path)
+    with pytest.raises(recipe.RecipeError, match="is a file, not a folder"):
+        recipe.run(config, tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_resuming_another_recipe_is_refused(whole, path):
+    config = recipe.load(path, ["stages.sparse.sparsity.target=0.7"])
+    with pytest.raises(recipe.RecipeError, match=r"different: `stages\.1\.sparsity\.target`"):
+        recipe.run(config, whole[0], resume=True)
+
+
+def test_two_processes_in_one_folder_are_refused(path, whole):
+    from jopt.recipe._folder import Folder
+
+    folder = Folder.open(whole[0], recipe.load(path), resume=True)
+    with folder.locked(), pytest.raises(recipe.RecipeError, match="another process"):
+        recipe.run(recipe.load(path), whole[0], resume=True, quiet=True)
+
+
+def test_a_broken_journal_is_named(path, tmp_path):
+    (tmp_path / "run.json").write_text('{"format": 1, "reci')
+    with pytest.raises(recipe.RecipeError, match=r"run\.json: not readable"):
+        recipe.run(recipe.load(path), tmp_path, resume=True)
+
+
+def test_a_diverging_run_stops_and_names_the_step(path, tmp_path):
+    config = recipe.load(path, ["stages.teacher.optimizer={kind: sgd, learning_rate: 1e30}"])
+    with pytest.raises(recipe.TrainingDiverged, match="step [0-9]+"):
+        recipe.run(config, tmp_path / "out", quiet=True)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["stages"] == {}
+
+
+def test_integers_do_not_train(path, tmp_path):
+    config = recipe.load(path)
+    stages = [*config.stages[:1], config.stages[2], config.stages[1]]
+    fast = {"epochs": 0.1, "distill": None}
+    stages = [stage.model_copy(update=fast) for stage in stages]
+    config = config.model_copy(update={"stages": tuple(stages)})
+    with pytest.raises(ValueError, match="stage `sparse` starts from integers"):
+        recipe.run(config, tmp_path / "out", quiet=True)
+
+
+def _command(path: pathlib.Path, out: pathlib.Path) -> list[str]:
+    return [sys.executable, "-m", "jopt.cli", "run", str(path), "--out", str(out), "--quiet"]
+
+
+def _environment(path: pathlib.Path) -> dict[str, str]:
+    """Processes of their own share what they compile, which is most of what they do."""
+    return os.environ | {
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(path.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
