@@ -56,85 +56,127 @@ def keep(scores: list[jax.Array], lowest: Wide, *, together: bool) -> list[jax.A
       Boolean arrays, shaped like the scores.
     """
     keys = [sortable(score) for score in scores]
-    sizes = _sizes(keys)
-    limits, under, upto = _bisect(
-        lambda i, trial: keys[i] < trial, lowest, sizes, together, keys[0].dtype
-    )
-    tied = upto - under
-    rest = _wide.subtract(lowest, _total(under, together))
-    if together:  # first leaves give first
-        rest = _wide.remainder(rest, _wide.exclusive_sum(tied))
-    taken = _wide.minimum(rest, _wide.widen(tied)).low
-    level = [key == limit for key, limit in zip(keys, limits, strict=True)]
-    stops = _stops(level, taken, tied, sizes)
+    if together:
+        limits, stops = _together(keys, _at(lowest, 0))
+    else:
+        limits, stops = _apart(keys, [_at(lowest, i) for i in range(len(keys))])
     return [
-        (key > limit) | (equal & (_position(key.shape) >= stop))
-        for key, limit, equal, stop in zip(keys, limits, level, stops, strict=True)
+        (key > limit) | ((key == limit) & (_position(key.shape) >= stop))
+        for key, limit, stop in zip(keys, limits, stops, strict=True)
     ]
 
 
-def _stops(
-    level: Sequence[jax.Array], taken: jax.Array, tied: jax.Array, sizes: np.ndarray
-) -> list[jax.Array]:
-    """The position in each leaf before which as many are level as are taken."""
+# Both functions below return the threshold of each leaf, and the position in it before which scores
+# that equal the threshold go. A position is found like a threshold, as a k-th smallest number: a
+# cumulative sum would run across devices. It is looked for only where a leaf gives some of its equal
+# scores and keeps others.
 
-    def search() -> jax.Array:
-        # A k-th smallest position, found like the threshold: no cumulative sum, which would run
-        # across devices.
+
+def _together(keys: list[jax.Array], k: Wide) -> tuple[list[jax.Array], list[jax.Array]]:
+    sizes = _sizes(keys)
+
+    def total(counts: list[jax.Array]) -> list[Wide]:
+        return [_wide.total(jnp.stack(counts))]
+
+    def under(i: int, trial: jax.Array) -> jax.Array:
+        return keys[i] < trial
+
+    (limit,), below, upto = _bisect(under, total, [k], sizes, keys[0].dtype)
+    below = jnp.stack(below)
+    tied = jnp.stack(upto) - below
+    # The first leaves give first, so one leaf at most gives a part.
+    room = _wide.remainder(_wide.subtract(k, _wide.total(below)), _wide.exclusive_sum(tied))
+    taken = _wide.minimum(room, _wide.widen(tied)).low
+    partly = (taken > 0) & (taken < tied)
+
+    def search() -> list[jax.Array]:
+        def part(counts: list[jax.Array]) -> list[Wide]:
+            return [_wide.total(jnp.where(partly, jnp.stack(counts), 0))]
+
         def before(i: int, trial: jax.Array) -> jax.Array:
-            return level[i] & (_position(level[i].shape) < trial)
+            return (keys[i] == limit) & (_position(keys[i].shape) < trial)
 
-        last, _, _ = _bisect(before, _wide.widen(taken), sizes, False, np.dtype(np.uint32))
-        return jnp.where(taken > 0, jnp.stack(last) + 1, 0)
+        wanted = [_wide.total(jnp.where(partly, taken, 0))]
+        (last,), _, _ = _bisect(before, part, wanted, sizes, np.dtype(np.uint32))
+        return list(jnp.where(partly, last + 1, jnp.where(taken > 0, sizes, 0)))
 
-    def all_or_none() -> jax.Array:
-        return jnp.where(taken > 0, sizes, 0)
+    def all_or_none() -> list[jax.Array]:
+        return list(jnp.where(taken > 0, sizes, 0))
 
-    stops = jax.lax.cond(jnp.any((taken > 0) & (taken < tied)), search, all_or_none)
-    return [stops[i] for i in range(len(level))]
+    return [limit] * len(keys), jax.lax.cond(jnp.any(partly), search, all_or_none)
+
+
+def _apart(keys: list[jax.Array], k: list[Wide]) -> tuple[list[jax.Array], list[jax.Array]]:
+    sizes = _sizes(keys)
+
+    def own(counts: list[jax.Array]) -> list[Wide]:
+        return [_wide.widen(count) for count in counts]
+
+    def under(i: int, trial: jax.Array) -> jax.Array:
+        return keys[i] < trial
+
+    limits, below, upto = _bisect(under, own, k, sizes, keys[0].dtype)
+    taken = [each.low - count for each, count in zip(k, below, strict=True)]
+    partly = [(t > 0) & (t < u - b) for t, u, b in zip(taken, upto, below, strict=True)]
+
+    def search() -> list[jax.Array]:
+        def before(i: int, trial: jax.Array) -> jax.Array:
+            return (keys[i] == limits[i]) & (_position(keys[i].shape) < trial)
+
+        last, _, _ = _bisect(before, own, own(taken), sizes, np.dtype(np.uint32))
+        return [jnp.where(t > 0, place + 1, 0) for t, place in zip(taken, last, strict=True)]
+
+    def all_or_none() -> list[jax.Array]:
+        return [jnp.where(t > 0, size, 0) for t, size in zip(taken, sizes, strict=True)]
+
+    return limits, jax.lax.cond(jnp.any(jnp.stack(partly)), search, all_or_none)
 
 
 def _bisect(
     below: Callable[[int, jax.Array], jax.Array],
-    k: Wide,
+    total: Callable[[list[jax.Array]], list[Wide]],
+    k: list[Wide],
     sizes: np.ndarray,
-    together: bool,
     dtype: np.dtype,
-) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """Finds the k-th smallest number, bit by bit.
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+    """Finds k-th smallest numbers, bit by bit.
+
+    Lists of scalars, not vectors: an element taken out of a vector would make a kernel of its own
+    for every leaf, and XLA compiles equal kernels once.
 
     Args:
       below: marks what is below a number, given a leaf's index and the number.
-      k: one for all leaves if `together`, else one for each.
+      total: what to compare with `k`, given the count of each leaf.
+      k: one for all leaves, or one for each.
       sizes: of the leaves.
-      together: see `keep`.
       dtype: of the numbers, an unsigned integer.
 
     Returns:
-      The number once for each leaf, 0 where k is 0; how many are below it in each leaf; and how many
-      are not above it.
+      The numbers, 0 where k is 0; and in each leaf the counts of what is below and of what is not
+      above.
     """
     width, one = dtype.itemsize * 8, np.ones((), dtype)
+    owner = range(len(sizes)) if len(k) > 1 else [0] * len(sizes)
 
-    def each(numbers: jax.Array) -> list[jax.Array]:
-        return [numbers[0 if together else i] for i in range(len(sizes))]
-
-    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def step(i: jax.Array, carry: list[list[jax.Array]]) -> list[list[jax.Array]]:
         found, under, upto = carry
-        trial = found | (one << (width - 1 - i).astype(dtype))
-        marks = [below(i, number) for i, number in enumerate(each(trial))]
-        counts = jnp.stack([jnp.sum(mark, dtype=jnp.uint32) for mark in marks])
-        larger = _wide.less(_total(counts, together), k)
-        # What is not above the number is what was below the last trial that was too large.
-        return (
-            jnp.where(larger, trial, found),
-            jnp.where(larger, counts, under),
-            jnp.where(larger, upto, counts),
-        )
+        bit = one << (width - 1 - i).astype(dtype)
+        trial = [number | bit for number in found]
+        marks = [below(i, trial[g]) for i, g in enumerate(owner)]
+        counts = [jnp.sum(mark, dtype=jnp.uint32) for mark in marks]
+        larger = [_wide.less(have, want) for have, want in zip(total(counts), k, strict=True)]
 
-    start = (jnp.zeros(k.low.shape, dtype), jnp.zeros_like(sizes), jnp.asarray(sizes))
+        def chosen(new: list[jax.Array], old: list[jax.Array]) -> list[jax.Array]:
+            return [jnp.where(larger[g], a, b) for g, a, b in zip(owner, new, old, strict=True)]
+
+        found = [jnp.where(ok, a, b) for ok, a, b in zip(larger, trial, found, strict=True)]
+        # Not above the number is what was below the last trial that was too large.
+        return [found, chosen(counts, under), chosen(upto, counts)]
+
+    zero, none = jnp.zeros((), dtype), jnp.zeros((), jnp.uint32)
+    start = [[zero] * len(k), [none] * len(sizes), [jnp.asarray(size) for size in sizes]]
     found, under, upto = jax.lax.fori_loop(0, width, step, start)
-    return each(found), under, upto
+    return found, under, upto
 
 
 def _sizes(arrays: Sequence[jax.Array]) -> np.ndarray:
@@ -144,8 +186,8 @@ def _sizes(arrays: Sequence[jax.Array]) -> np.ndarray:
     return np.asarray([array.size for array in arrays], np.uint32)
 
 
-def _total(counts: jax.Array, together: bool) -> Wide:
-    return _wide.total(counts) if together else _wide.widen(counts)
+def _at(counts: Wide, i: int) -> Wide:
+    return Wide(counts.high[i], counts.low[i])
 
 
 def _position(shape: tuple[int, ...]) -> jax.Array:

@@ -32,8 +32,8 @@ def widen(low: jax.Array) -> Wide:
 
 
 def total(counts: jax.Array) -> Wide:
-    """The sum of up to 65,536 counts of 32 bits, as an array of one."""
-    return _by_halves(counts, lambda half: jnp.sum(half, dtype=jnp.uint32, keepdims=True))
+    """The sum of up to 65,536 counts of 32 bits."""
+    return _by_halves(counts, lambda half: jnp.sum(half, dtype=jnp.uint32))
 
 
 def exclusive_sum(counts: jax.Array) -> Wide:

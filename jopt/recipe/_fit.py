@@ -16,6 +16,7 @@ from jopt.recipe._model import Model, inference, training
 from jopt.recipe._task import Task
 
 PyTree = Any
+LOGGED = 10  # steps from one line of metrics to the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ def fit(
     step = train.make_step(_loss(config, model, teacher, task), tx)
     key = jax.random.key(place.seed)
     state = train.init(model.params, tx, collections=model.collections, key=key)
-    log = train.MetricLog(place.folder, tensorboard=True)
+    log = train.MetricLog(place.folder, every=LOGGED, tensorboard=True)
     state, _ = train.fit(
         step,
         state,

@@ -134,6 +134,19 @@ def branch_platforms(equation: Equation) -> tuple[tuple[str, ...] | None, ...] |
     return equation.params.get("branches_platforms")
 
 
+def branches_here(equation: Equation) -> Sequence[Jaxpr]:
+    """The branches of a cond that may run on the default backend: of those by platform, the one."""
+    branches, platforms = equation.params["branches"], branch_platforms(equation)
+    if platforms is None:
+        return branches
+    backend = jax.default_backend()
+    here = {"gpu": ("cuda", "rocm", "gpu")}.get(backend, (backend,))
+    for branch, names in zip(branches, platforms, strict=True):
+        if names is not None and any(name in here for name in names):
+            return (branch,)
+    return [branch for branch, names in zip(branches, platforms, strict=True) if names is None]
+
+
 def jit_options(equation: Equation) -> dict[str, Any]:
     """What an inner `jit` says that inlining it would lose, as arguments of `jax.jit`.
 

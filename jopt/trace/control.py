@@ -5,6 +5,7 @@ leaves a body through a carry or out of a branch has one type in every iteration
 is materialised there. A leaf rule registered for a construct goes first.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,17 +50,17 @@ def _jit(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
 @structure(compat.REMAT)
 def _remat(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
     params = equation.params
+    cse = params["prevent_cse"]  # a bool, or one for each operand
+    barred = [params["differentiated"] and c for c in _each(cse, len(operands))]
 
     def body(*operands: Any) -> Any:
-        if params["differentiated"] and params["prevent_cse"]:
-            # The forward half of a differentiated body is behind a barrier, so that XLA does not
-            # undo the recomputation; a new `jax.checkpoint` would set one only where it is
-            # differentiated again.
-            operands = jax.lax.optimization_barrier(operands)
-        return _dense_outputs(frame.inner(), compat.body_of(equation), operands)
+        # The forward half of a differentiated body stands behind a barrier, so that XLA does not
+        # undo the recomputation; calling `jax.checkpoint` again would not set that one.
+        behind = iter(jax.lax.optimization_barrier(list(itertools.compress(operands, barred))))
+        inside = [next(behind) if b else x for b, x in zip(barred, operands, strict=True)]
+        return _dense_outputs(frame.inner(), compat.body_of(equation), inside)
 
-    again = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
-    results, records = again(*operands)
+    results, records = jax.checkpoint(body, prevent_cse=cse, policy=params["policy"])(*operands)
     _hand_over(frame, records)
     return results
 
@@ -193,6 +194,10 @@ def _custom_jvp(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[An
 def _custom_vjp(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
     why = "a `jax.custom_vjp` function is called on dense weights, so that its derivative is kept"
     return dense(frame, equation, operands, why)
+
+
+def _each(flags: Any, count: int) -> Sequence[bool]:
+    return [flags] * count if isinstance(flags, bool) else flags
 
 
 def _placed(value: Any, sharding: Any) -> Any:

@@ -263,8 +263,9 @@ def _visit_while(equation: Any, views: Sequence[View], place: _Place, found: lis
 
 
 def _visit_cond(equation: Any, views: Sequence[View], place: _Place, found: list) -> list[View]:
-    place = place._replace(exact=False)
-    branches = [_visit(branch, views[1:], place, found) for branch in equation.params["branches"]]
+    bodies = compat.branches_here(equation)
+    place = place._replace(exact=place.exact and len(bodies) == 1)
+    branches = [_visit(branch, views[1:], place, found) for branch in bodies]
     constant = views[0].constant
     return [
         view._replace(constant=view.constant and constant)

@@ -299,3 +299,14 @@ def test_flops_count_every_trip_of_a_scan():
         return lax.scan(lambda h, w: (h @ w, None), x, p)[0]
 
     assert flops(function, f32(7, 64, 64), f32(8, 64)) == 7 * 2 * 8 * 64 * 64
+
+
+def test_of_branches_by_platform_the_one_that_runs_here_counts():
+    def by_platform(params, x):
+        here = lambda kernel, x: x @ kernel
+        there = lambda kernel, x: x @ (kernel @ kernel)
+        return jax.lax.platform_dependent(params["kernel"], x, cpu=here, default=there)
+
+    params = {"kernel": jnp.zeros((4, 4))}
+    (site,) = sites(by_platform, params, jnp.zeros((2, 4)))
+    assert site.path == "kernel" and site.flops == 2 * 2 * 4 * 4 and site.exact

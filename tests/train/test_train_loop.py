@@ -201,6 +201,9 @@ def test_a_nan_loss_stops_and_names_the_step(seven, tmp_path):
     assert all(
         np.isfinite(x).all() for x in jax.tree.leaves(checkpoints.restore(state).state.params)
     )
+    with pytest.raises(train.TrainingDiverged, match="at step 26"):  # goes on from 20
+        train.fit(step, state, feed(), steps=40, checkpoints=checkpoints, log=log)
+    assert [line["step"] for line in log.read()] == list(range(1, 26))
     with pytest.raises(train.TrainingDiverged, match="There is no checkpoint from before"):
         train.fit(step, state, feed(), steps=40)
 
