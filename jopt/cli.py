@@ -1,6 +1,7 @@
 """The command `jopt`: run a recipe, list recipes, look into an artifact, profile a model."""
 
 import json
+import os
 import pathlib
 import sys
 from typing import Annotated
@@ -150,10 +151,15 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command; an error of the user's is one message and a non-zero exit."""
+    """Runs the command; what goes wrong is one message and a non-zero exit.
+
+    With `JOPT_DEBUG` set in the environment errors keep their traceback.
+    """
     try:
         app()
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+        if os.environ.get("JOPT_DEBUG"):
+            raise
         rich.console.Console(stderr=True).print(f"error: {error}", style="bold red", markup=False)
         sys.exit(1)
     except KeyboardInterrupt:

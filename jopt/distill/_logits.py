@@ -52,8 +52,8 @@ def kd(
     _check("kd", student, teacher, temperature, reduction, where)
     if where is not None:
         where = jnp.broadcast_to(where, student.shape[:-1])
-    # float32, or wider if the logits are.
-    dtype = jnp.promote_types(jnp.promote_types(student.dtype, teacher.dtype), jnp.float32)
+    wide = jnp.float64 in (student.dtype, teacher.dtype)
+    dtype = jnp.float64 if wide else jnp.float32
     scale = jnp.asarray(temperature, dtype)
     log_p = _log_softmax(jax.lax.stop_gradient(teacher), scale, where)
     log_q = _log_softmax(student, scale, where)

@@ -17,6 +17,7 @@ from jopt.recipe._task import Task
 
 TIMED_BATCH = 64
 CURVE_POINTS = 500
+SLOWER = 1.1  # differences below are noise
 
 
 def summarise(outcome: Outcome, task: Task) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def write_report(
     )
     records = {name: folder.finished(name) or {} for name in models}
     times = _times(models, task)
+    notes = {name: [*record["notes"], *_slower(name, times)] for name, record in records.items()}
     rows = [
         report.Row(
             name=name,
@@ -53,7 +55,7 @@ def write_report(
             bytes=record["bytes"],
             flops=record["flops"],
             latency=times[name],
-            notes=tuple(record["notes"]),
+            notes=tuple(notes[name]),
         )
         for name, record in records.items()
     ]
@@ -79,6 +81,19 @@ def _times(models: Mapping[str, Model], task: Task) -> dict[str, float]:
         for name, model in models.items()
     }
     return {name: time.ratio for name, time in report.latency(calls).items()}
+
+
+def _slower(name: str, times: Mapping[str, float]) -> list[str]:
+    """Says so where a stage made its model slower than the stage before it did."""
+    names = list(times)
+    place = names.index(name)
+    if place == 0 or times[name] <= SLOWER * times[names[place - 1]]:
+        return []
+    before = names[place - 1]
+    return [
+        f"slower than `{before}` on this machine: {times[name] / times[before]:.2f} times its time "
+        f"for {TIMED_BATCH} examples"
+    ]
 
 
 def _curves(recipe: schema.Recipe, folder: Folder) -> dict[str, list[tuple[float, float]]]:

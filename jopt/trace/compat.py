@@ -144,7 +144,8 @@ def branches_here(equation: Equation) -> Sequence[Jaxpr]:
     for branch, names in zip(branches, platforms, strict=True):
         if names is not None and any(name in here for name in names):
             return (branch,)
-    return [branch for branch, names in zip(branches, platforms, strict=True) if names is None]
+    default = [branch for branch, names in zip(branches, platforms, strict=True) if names is None]
+    return default or branches
 
 
 def jit_options(equation: Equation) -> dict[str, Any]:

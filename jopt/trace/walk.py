@@ -1,8 +1,8 @@
 """Evaluation of a jaxpr whose values may be typed leaves: `lift` and `collect`.
 
 An equation that meets no typed leaf goes back to JAX as it is. One that meets a typed leaf runs the
-rule registered for (primitive, leaf type), or is one that `control` or `through` knows for leaves of
-any type, or else materialises the leaf, which is an error unless allowed.
+rule registered for (primitive, leaf type), or is one that `control` or `through` knows for leaves
+of any type, or else materialises the leaf, which is an error unless allowed.
 """
 
 import dataclasses
