@@ -1,8 +1,9 @@
 """jopt: model optimization for JAX, as pure functions over the model you already have.
 
 `jopt.lift`, `jopt.sites` and `jopt.size` act on any function and its parameters; `jopt.prune`,
-`jopt.quant`, `jopt.distill` and `jopt.schedules` make the pieces of a train step. The rooms above them
-(`jopt.nn`, `jopt.data`, `jopt.train`, `jopt.artifact`, `jopt.report`, `jopt.recipe`) load when first used.
+`jopt.quant`, `jopt.distill` and `jopt.schedules` make the pieces of a train step. The rooms above
+them (`jopt.nn`, `jopt.data`, `jopt.train`, `jopt.artifact`, `jopt.report`, `jopt.recipe`) load when
+first used.
 """
 
 import importlib
@@ -20,7 +21,14 @@ from jopt.trees import size as size
 
 __version__ = "0.1.0"
 
-_LATER = ("artifact", "data", "nn", "recipe", "report", "train")  # these need flax or the extra `run`
+_LATER = (
+    "artifact",
+    "data",
+    "nn",
+    "recipe",
+    "report",
+    "train",
+)  # these need flax or the extra `run`
 
 
 def __getattr__(name: str) -> Any:

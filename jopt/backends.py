@@ -1,7 +1,7 @@
 """The one place where jopt chooses per backend, with the measurement behind each choice.
 
-A choice is a plain value looked up by platform name (`"cpu"`, `"cuda"`, `"tpu"`). Everything else in
-jopt asks here, so that a better measurement on new hardware is one line changed.
+A choice is a plain value looked up by platform name (`"cpu"`, `"cuda"`, `"tpu"`). Everything else
+in jopt asks here, so that a better measurement on new hardware is one line changed.
 """
 
 import dataclasses

@@ -60,7 +60,9 @@ def run(
         ),
     ] = False,
     data_dir: DataDir = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the end.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress, only the end.")
+    ] = False,
 ) -> None:
     """Run a recipe from data to a checked artifact and a report.
 

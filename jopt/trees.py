@@ -1,8 +1,8 @@
 """Paths and selectors over pytrees, and the accounting of bits and bytes.
 
-A path names a leaf: `params/Dense_0/kernel`. A *typed leaf* (a quantized or fake-quantized weight: any
-object whose type has a `materialise` method) stands where an array stood, so it counts as one leaf
-here, though to JAX it is a node of its own.
+A path names a leaf: `params/Dense_0/kernel`. A *typed leaf* (a quantized or fake-quantized weight:
+any object whose type has a `materialise` method) stands where an array stood, so it counts as one
+leaf here, though to JAX it is a node of its own.
 """
 
 import difflib
@@ -57,7 +57,7 @@ def paths(tree: PyTree) -> tuple[str, ...]:
 def map_with_path(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """Maps `f(path, leaf, *others)` over `tree`; typed leaves are leaves, in `rest` as well.
 
-    A tree in `rest` has the structure of `tree`; where `tree` has a leaf it may have a whole subtree,
+    A tree in `rest` has the structure of `tree`; where `tree` has a leaf it may have a subtree,
     which `f` then receives as it is.
     """
     return jax.tree_util.tree_map_with_path(

@@ -1,4 +1,4 @@
-"""Who may import whom: each floor imports only the floors below it, and `import jopt` stays light."""
+"""Who may import whom: each floor only the floors below it; and `import jopt` stays light."""
 
 import ast
 import json

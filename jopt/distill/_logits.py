@@ -52,6 +52,7 @@ def kd(
     _check("kd", student, teacher, temperature, reduction, where)
     if where is not None:
         where = jnp.broadcast_to(where, student.shape[:-1])
+    # float32, or wider if the logits are.
     wide = jnp.float64 in (student.dtype, teacher.dtype)
     dtype = jnp.float64 if wide else jnp.float32
     scale = jnp.asarray(temperature, dtype)

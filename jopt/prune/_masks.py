@@ -81,7 +81,7 @@ def masks(
              [ True, False]], dtype=bool)
     """
     caller = "prune.masks"
-    check(sparsity, pattern, scope, caller=caller)
+    check(sparsity, score, pattern, scope, caller=caller)
     selection = select(params, where, caller=caller)
     axes = input_axes(selection, pattern, sites, caller=caller)
     weights = selection.weights(params)
@@ -137,8 +137,13 @@ def report(masks: PyTree) -> dict[str, Kept]:
     }
 
 
-def check(sparsity: Any, pattern: Pattern, scope: str, *, caller: str) -> None:
+def check(sparsity: Any, score: Score, pattern: Pattern, scope: str, *, caller: str) -> None:
     """Raises if an option is out of its range, as far as it is known without tracing."""
+    if not isinstance(score, Score):
+        raise TypeError(
+            f"`{caller}(..., score={score!r})` expects a score such as `prune.magnitude(1)`; make "
+            "one of a function with `prune.Score(lambda state, params: ...)`."
+        )
     if scope not in SCOPES:
         raise ValueError(
             f'`{caller}(..., scope={scope!r})`: `scope` is "global" (all leaves are ranked '
@@ -164,11 +169,6 @@ def check(sparsity: Any, pattern: Pattern, scope: str, *, caller: str) -> None:
 
 def ranked(score: Score, state: PyTree, weights: PyTree, *, caller: str) -> list[jax.Array]:
     """The scores of the chosen weights, in order."""
-    if not isinstance(score, Score):
-        raise TypeError(
-            f"`{caller}(..., score={score!r})` expects a score such as `prune.magnitude(1)`; make "
-            "one of a function with `prune.Score(lambda state, params: ...)`."
-        )
     weights = jax.lax.stop_gradient(weights)
     scores = score.rank(state, weights)
     known = [leaf for _, leaf in trees.items(weights)]

@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._threshold import sortable
 
@@ -117,7 +118,7 @@ class NM(Pattern):
 
     def units(self, scores: jax.Array, axis: int) -> jax.Array:
         """The sum of each group's lowest scores, in float32 or wider."""
-        wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+        wide = scores.astype(np.promote_types(scores.dtype, np.float32))
         lost = jnp.where(self._lost(scores, axis), self._groups(wide, axis), 0)
         return jnp.sum(lost, axis=axis)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jopt import trees
 
@@ -80,7 +81,7 @@ def magnitude(p: float = 1) -> Score:
         size = jnp.abs(weight)
         if p == 1:
             return size
-        return size.astype(jnp.promote_types(size.dtype, jnp.float32)) ** p
+        return size.astype(np.promote_types(size.dtype, np.float32)) ** p
 
     return Score(lambda state, params: jax.tree.map(power, params))
 

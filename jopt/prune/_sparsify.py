@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -92,7 +93,7 @@ def sparsify(
       weights still receive gradient updates; here they do not.
     """
     caller = "prune.sparsify"
-    _masks.check(sparsity, pattern, scope, caller=caller)
+    _masks.check(sparsity, score, pattern, scope, caller=caller)
     if not isinstance(every, Tracer) and every < 1:
         raise ValueError(f"`{caller}(..., every={every})` expects a number of steps, at least 1.")
 
@@ -221,8 +222,10 @@ def _landed(updates: PyTree, words: Sequence[jax.Array], selection: Selection) -
         if mine:
             pruned, weight = next(own)
             update = trees.weight_of(leaf)
-            # In a dtype that holds the weight exactly, or the sum would miss zero.
-            dtype = jnp.promote_types(update.dtype, weight.dtype)
+            dtype = update.dtype
+            if dtype != weight.dtype:
+                # One that holds the weight exactly, or the sum would miss zero.
+                dtype = np.promote_types(np.promote_types(dtype, np.float32), weight.dtype)
             update = jnp.where(pruned, -weight.astype(dtype), update.astype(dtype))
             leaf = trees.with_weight(leaf, update)
         landed.append(leaf)

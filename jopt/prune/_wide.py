@@ -89,7 +89,7 @@ def shares(fraction: jax.Array, wholes: Sequence[int]) -> Wide:
     up = less(half, rest) | (~less(rest, half) & odd)
     rounded = add(quotient, widen(up.astype(jnp.uint32)))
     nothing = wide_like(rounded, 0)
-    return Wide(*(jnp.where(places < 64, r, n) for r, n in zip(rounded, nothing, strict=True)))
+    return Wide(*(jnp.where(places <= 64, r, n) for r, n in zip(rounded, nothing, strict=True)))
 
 
 def wide_like(like: Wide, count: int) -> Wide:

@@ -24,6 +24,8 @@ class Spec:
     smallest and largest value of the operand in each call (dynamic), or those that `calibrate` has
     seen (static).
 
+    Under `vmap` of a lifted function each mapped example has a range of its own.
+
     Args:
       weight: format of the weight.
       activation: format of the activation; None quantizes the weight alone.

@@ -8,6 +8,9 @@ fake-quantized, a float product. `QArray` with an activation format computes the
 the sum in int32, the scales in the epilogue, and takes its derivative from the dense form. The
 dense form also runs where integers cannot: where the weight's scale varies along the contracted
 axes (groups), where the sum could overflow int32, for `batch_group_count`, and for weights alone.
+
+A NaN in an activation makes the result NaN, except on integers with a static range, where it has
+the code 0.
 """
 
 import math
@@ -150,7 +153,10 @@ def _rounded(x: jax.Array, leaf: WeightLeaf, place: Place) -> jax.Array:
     assert format is not None
     grid = _activation_grid(fixed, leaf, place)
     values = format.decode(format.encode(fixed, grid), grid).astype(x.dtype)
-    return straight_through(x, values, None if leaf.range is None else format.inside(fixed, grid))
+    if leaf.range is None:
+        return straight_through(x, values)
+    values = jnp.where(jnp.isnan(fixed), fixed, values)  # a diverging run must show
+    return straight_through(x, values, format.inside(fixed, grid))
 
 
 # The dot product on integers.

@@ -1,4 +1,4 @@
-"""The export stage: write the artifact, load it again, and hold it against the model it came from."""
+"""The export stage: write the artifact, load it again, hold it against the model it came from."""
 
 from typing import Any
 
@@ -54,8 +54,8 @@ def _difference(path: Any, model: Model, task: Task) -> float:
     difference = float(np.max(np.abs(found - expected)) / max(np.max(np.abs(expected)), 1e-30))
     if not difference <= 1e-3:
         raise artifact.ArtifactError(
-            f"{path}: the logits of the artifact differ from the model's by {difference:.2g} of the "
-            "largest; this is a defect of jopt, please report it with the recipe."
+            f"{path}: the logits of the artifact differ from the model's by {difference:.2g} of "
+            "the largest; this is a defect of jopt, please report it with the recipe."
         )
     return difference
 

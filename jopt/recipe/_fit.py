@@ -29,9 +29,7 @@ class Place:
     progress: bool
 
 
-def fit(
-    config: schema.Fit, model: Model, teacher: Model | None, task: Task, place: Place
-) -> Model:
+def fit(config: schema.Fit, model: Model, teacher: Model | None, task: Task, place: Place) -> Model:
     """Trains `model` as the stage says, going on from its newest checkpoint."""
     feed = train.Feed(
         task.train,
@@ -64,7 +62,9 @@ def _chain(
     config: schema.Fit, model: Model, *, epoch: float, steps: int
 ) -> optax.GradientTransformationExtraArgs:
     """Optimizer, then what keeps ranges still and pruned weights zero, in that order."""
-    links = [tables.optimizer(config.optimizer, epoch=epoch, steps=steps)]
+    links: list[optax.GradientTransformation] = [
+        tables.optimizer(config.optimizer, epoch=epoch, steps=steps)
+    ]
     frozen = jax.tree.map(lambda leaf: not leaf, quant.trainable(model.params))
     if any(jax.tree.leaves(frozen)):
         links.append(optax.transforms.freeze(frozen))

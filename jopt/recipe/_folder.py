@@ -1,4 +1,4 @@
-"""The folder of a run: who may write there, what is finished, and how each file is replaced whole."""
+"""The folder of a run: who may write there, what is finished, how a file is replaced whole."""
 
 import contextlib
 import fcntl
@@ -40,7 +40,7 @@ class Folder:
             raise RecipeError(f"`--out {root}` is a file, not a folder.")
         if [name for name in entries if not name.startswith(".run.json")]:
             raise RecipeError(
-                f"`--out {root}` is not empty and holds no run to go on with: choose another folder."
+                f"`--out {root}` is not empty and holds no run to go on with: choose another."
                 if resume or not path.is_file()
                 else f"`--out {root}` already holds a run: add `--resume` to go on with it, "
                 "or choose another folder."
@@ -83,7 +83,7 @@ class Folder:
         different = sorted(_differences(self._journal["recipe"], recorded))
         if different:
             raise RecipeError(
-                f"`{self.root}` holds a run of another recipe, so it cannot be resumed with this one; "
+                f"`{self.root}` holds a run of another recipe, so this one cannot go on with it; "
                 f"different: {', '.join(f'`{key}`' for key in different[:5])}."
             )
 

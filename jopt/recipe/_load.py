@@ -27,7 +27,7 @@ def built_in() -> dict[str, pathlib.Path]:
 
 
 def find(name: str) -> pathlib.Path:
-    """The file of a recipe: a path, or the name of a built-in one (`digits`, `configs/digits.yaml`).
+    """The file of a recipe: a path, or the name of a built-in one (`digits`).
 
     Raises:
       RecipeError: if there is no such file and no such built-in recipe.
@@ -48,8 +48,8 @@ def load(path: pathlib.Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
       path: the YAML file.
-      overrides: `key.path=value` each, the value in YAML; a stage is named by its place or its name,
-        as in `stages.teacher.epochs=2`.
+      overrides: `key.path=value` each, the value in YAML; a stage is named by its place or its
+        name, as in `stages.teacher.epochs=2`.
 
     Returns:
       The recipe, every default filled in.
@@ -68,7 +68,9 @@ def load(path: pathlib.Path | str, overrides: Sequence[str] = ()) -> Recipe:
         problem = getattr(error, "problem", None) or str(error)
         raise RecipeError(f"{path}{line}: not valid YAML: {problem}") from error
     if not isinstance(data, dict):
-        raise RecipeError(f"{path}:1: a recipe is a mapping (name, data, stages), found {data!r:.60}")
+        raise RecipeError(
+            f"{path}:1: a recipe is a mapping (name, data, stages), found {data!r:.60}"
+        )
     try:
         lines = _lines(node)
     except RecipeError as error:
@@ -104,7 +106,8 @@ def _override(data: dict[str, Any], lines: dict[Path, str], override: str) -> No
     if not equals or not keys:
         raise RecipeError(f"`--set {override}`: write it as `key.path=value`.")
     try:
-        value = yaml.safe_load(text)
+        # A glob such as `**/kernel` is text, though YAML would take `*` for a reference.
+        value = text if text.startswith("*") else yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"`--set {override}`: the value is not valid YAML.") from error
     place: Any = data
@@ -151,7 +154,7 @@ def _explain(path: pathlib.Path, lines: dict[Path, str], error: pydantic.Validat
     for mistake in error.errors(include_url=False):
         where = _locate(lines, mistake["loc"])
         if mistake["type"] == "unknown_key":
-            where = (*where, mistake["ctx"]["key"])
+            where = (*where, mistake.get("ctx", {})["key"])
         elif mistake["type"] == "missing":
             where = (*where, mistake["loc"][-1])
         mistakes.append((where, mistake))

@@ -1,4 +1,4 @@
-"""What the models of a recipe cost before anything is trained: products, FLOPs, bytes, memory, time."""
+"""What the models of a recipe cost, before training: products, FLOPs, bytes, memory, time."""
 
 import pathlib
 import time

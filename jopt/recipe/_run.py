@@ -1,6 +1,5 @@
-"""A whole run: data, stages, artifact, report, each finished piece recorded so that it can be resumed."""
+"""A whole run: data, stages, artifact, report; what is finished is recorded, to go on from."""
 
-import contextlib
 import dataclasses
 import pathlib
 import time
@@ -17,8 +16,8 @@ from jopt.recipe._export import export
 from jopt.recipe._fit import Place
 from jopt.recipe._folder import Folder
 from jopt.recipe._model import Model
+from jopt.recipe._rehearse import rehearse
 from jopt.recipe._summary import summarise, write_report
-from jopt.recipe._task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +50,14 @@ def run(
       Rows, models and the folder.
 
     Raises:
-      RecipeError: if the folder is not free, or holds another recipe's run.
+      RecipeError: if the folder is not free, or holds another recipe's run, or a stage cannot work.
       FileNotFoundError: if the data are not there; says where to get them.
       jopt.train.TrainingDiverged: if a loss is not finite.
     """
     console = rich.console.Console(quiet=quiet)
-    task = tables.task(recipe.data, data_dir)  # before the folder: missing data leave no trace
+    # Before the folder is made: what cannot work leaves no trace.
+    task = tables.task(recipe.data, data_dir)
+    rehearse(recipe, task)
     folder = Folder.open(out, recipe, resume=resume)
     with folder.locked():
         console.print(f"[bold]{recipe.name}[/bold] · {task.about} → {out}", highlight=False)
@@ -64,7 +65,9 @@ def run(
         previous: Model | None = None
         for index, stage in enumerate(recipe.stages):
             started = time.monotonic()
-            place = Place(folder.stage(index, stage.name), stage.name, _seed(recipe, stage), not quiet)
+            place = Place(
+                folder.stage(index, stage.name), stage.name, _seed(recipe, stage), not quiet
+            )
             start = models[stage.start] if stage.start else previous
             if isinstance(stage, schema.Export):
                 assert start is not None
@@ -78,7 +81,7 @@ def run(
                 folder.finish(stage.name, record | {"seconds": time.monotonic() - started})
             _say(console, stage, record)
         rows, metric = write_report(recipe, folder, models, task)
-        console.print(report.rich_table(rows, metric=metric))
+        rich.console.Console().print(report.rich_table(rows, metric=metric))
         console.print(f"report: {out / 'report.html'}", highlight=False)
     return Result(tuple(rows), models, out)
 

@@ -1,7 +1,7 @@
 """What a recipe may say, as pydantic models: one class a block of the YAML file.
 
-Every field has a description, so that `jopt recipes --schema` documents the file. Lengths of time are
-in epochs; fractions are of the stage they stand in.
+`jopt recipes --schema` prints them, with what is said of each field. Lengths of time are in epochs;
+ fractions are of the stage they stand in.
 """
 
 import difflib
@@ -31,8 +31,10 @@ class Block(pydantic.BaseModel):
         for key in data:
             if key not in cls.model_fields:
                 near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
-                hint = f"did you mean `{near[0]}`?" if near else "known keys: " + ", ".join(
-                    f"`{name}`" for name in cls.model_fields
+                hint = (
+                    f"did you mean `{near[0]}`?"
+                    if near
+                    else "known keys: " + ", ".join(f"`{name}`" for name in cls.model_fields)
                 )
                 raise PydanticCustomError(
                     "unknown_key", "unknown key `{key}`; {hint}", {"key": str(key), "hint": hint}
@@ -53,15 +55,19 @@ class Cifar10(Block):
     """CIFAR-10 in its official binary layout, found by `--data-dir` or `JOPT_DATA`."""
 
     kind: Literal["cifar10"] = "cifar10"
-    train_examples: Count | None = Field(None, description="use only the first so many images")
+    train_examples: Count | None = Field(
+        default=None, description="use only the first so many images"
+    )
 
 
 class Text(Block):
     """Characters of a plain text file; the last tenth is for validation."""
 
     kind: Literal["text"] = "text"
-    file: str = Field("tinyshakespeare.txt", description="name below the data folder, or a path")
-    context: Count = Field(128, description="characters a window")
+    file: str = Field(
+        default="tinyshakespeare.txt", description="name below the data folder, or a path"
+    )
+    context: Count = Field(default=128, description="characters a window")
 
 
 Data = Annotated[Digits | Cifar10 | Text, Field(discriminator="kind")]
@@ -74,9 +80,13 @@ class ConvNet(Block):
     """Convolution, batch normalization and ReLU, a pooling after each stage, one dense layer."""
 
     kind: Literal["convnet"] = "convnet"
-    widths: tuple[Count, ...] = Field((32, 64), min_length=1, description="channels of each stage")
-    depth: Count = Field(1, description="convolutions a stage")
-    hidden: Annotated[int, Field(ge=0)] = Field(0, description="width of a dense layer; 0: none")
+    widths: tuple[Count, ...] = Field(
+        default=(32, 64), min_length=1, description="channels of each stage"
+    )
+    depth: Count = Field(default=1, description="convolutions a stage")
+    hidden: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="width of a dense layer; 0: none"
+    )
     dropout: Probability = 0.0
 
 
@@ -85,7 +95,9 @@ class SimpleCNN(Block):
 
     kind: Literal["simple_cnn"] = "simple_cnn"
     dropout: Probability = 0.5
-    init: Literal["flax", "torch"] = Field("flax", description="whose default initialization")
+    initialization: Literal["flax", "torch"] = Field(
+        default="flax", description="whose default initialization"
+    )
 
 
 class CharTransformer(Block):
@@ -168,14 +180,14 @@ class Optimizer(Block):
 
     kind: Literal["sgd", "adam", "adamw", "adagrad", "lion"] = "adamw"
     learning_rate: LearningRate | Positive = Field(
-        1e-3, description="a number, or a schedule such as {kind: cosine, peak: 0.003}"
+        default=1e-3, description="a number, or a schedule such as {kind: cosine, peak: 0.003}"
     )
-    momentum: Probability = Field(0.0, description="sgd only")
-    nesterov: bool = Field(False, description="sgd only")
+    momentum: Probability = Field(default=0.0, description="sgd only")
+    nesterov: bool = Field(default=False, description="sgd only")
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(
-        0.0, description="decoupled (adamw, lion) or added to the gradient (others)"
+        default=0.0, description="decoupled (adamw, lion) or added to the gradient (others)"
     )
-    clip: Positive | None = Field(None, description="largest global norm of the gradient")
+    clip: Positive | None = Field(default=None, description="largest global norm of the gradient")
 
     @pydantic.model_validator(mode="after")
     def _momentum_is_sgd(self) -> Self:
@@ -187,8 +199,8 @@ class Optimizer(Block):
 class Augment(Block):
     """Random changes of the training images, drawn anew at every step."""
 
-    shift: Annotated[int, Field(ge=0)] = Field(0, description="largest shift, in pixels")
-    flip: bool = Field(False, description="mirror half of the images")
+    shift: Annotated[int, Field(ge=0)] = Field(default=0, description="largest shift, in pixels")
+    flip: bool = Field(default=False, description="mirror half of the images")
 
 
 # Compression -----------------------------------------------------------------------------------
@@ -217,11 +229,13 @@ class NM(Block):
 class Sparsity(Block):
     """Magnitude pruning inside the training step."""
 
-    target: Probability | None = Field(None, description="final fraction of zeros")
-    at: tuple[Milestone, ...] = Field((), description="fractions at given epochs, for `target`")
-    begin: Fraction = Field(0.0, description="where the cubic schedule to `target` begins")
-    end: Fraction = Field(0.7, description="where it ends")
-    every: Count = Field(10, description="steps between two choices of what is pruned")
+    target: Probability | None = Field(default=None, description="final fraction of zeros")
+    at: tuple[Milestone, ...] = Field(
+        default=(), description="fractions at given epochs, for `target`"
+    )
+    begin: Fraction = Field(default=0.0, description="where the cubic schedule to `target` begins")
+    end: Fraction = Field(default=0.7, description="where it ends")
+    every: Count = Field(default=10, description="steps between two choices of what is pruned")
     pattern: Literal["unstructured"] | NM = "unstructured"
     scope: Literal["global", "layer"] = "global"
     where: Where = "**/kernel"
@@ -265,9 +279,13 @@ class Rule(Block):
     """What happens to the leaves that `where` matches; the first rule that matches counts."""
 
     where: Where = "**/kernel"
-    weight: IntFormat | None = Field(None, description="null: leave these leaves as they are")
+    weight: IntFormat | None = Field(
+        default=None, description="null: leave these leaves as they are"
+    )
     activation: Activation | None = None
-    static: bool = Field(False, description="activation ranges from calibration, not from each batch")
+    static: bool = Field(
+        default=False, description="activation ranges from calibration, not from each batch"
+    )
 
 
 # Stages ----------------------------------------------------------------------------------------
@@ -276,8 +294,12 @@ class Rule(Block):
 class Stage(Block):
     """What all stages share."""
 
-    name: str = Field("", pattern=r"^[A-Za-z0-9_-]*$", description="default: the stage's kind")
-    start: str | None = Field(None, description="stage to start from; default: the one before")
+    name: str = Field(
+        default="", pattern=r"^[A-Za-z0-9_-]*$", description="default: the stage's kind"
+    )
+    start: str | None = Field(
+        default=None, description="stage to start from; default: the one before"
+    )
 
 
 class Fit(Stage):
@@ -303,14 +325,14 @@ class Distill(Fit):
 
     stage: Literal["distill"]
     model: Model | None = None
-    distill: Distillation  # pyright: ignore[reportIncompatibleVariableOverride]
+    distill: Distillation  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleVariableOverride]
 
 
 class Sparsify(Fit):
     """Prune while training on."""
 
     stage: Literal["sparsify"]
-    sparsity: Sparsity  # pyright: ignore[reportIncompatibleVariableOverride]
+    sparsity: Sparsity  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleVariableOverride]
 
 
 class Quantize(Fit):
@@ -329,16 +351,14 @@ class Export(Stage):
     platforms: tuple[Literal["cpu", "cuda", "tpu"], ...] = ("cpu", "cuda", "tpu")
 
 
-AnyStage = Annotated[
-    Train | Distill | Sparsify | Quantize | Export, Field(discriminator="stage")
-]
+AnyStage = Annotated[Train | Distill | Sparsify | Quantize | Export, Field(discriminator="stage")]
 
 
 class Recipe(Block):
     """One run: data, then stages from top to bottom."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
-    about: str = Field("", description="one sentence on what the recipe shows")
+    about: str = Field(default="", description="one sentence on what the recipe shows")
     seed: Annotated[int, Field(ge=0)] = 0
     data: Data
     stages: tuple[AnyStage, ...] = Field(min_length=1)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jopt import quant, trees
+from jopt import quant
 from jopt.recipe import _schema as schema
 from jopt.recipe import _tables as tables
 from jopt.recipe._fit import Place, fit
@@ -43,13 +43,7 @@ def _begin(stage: schema.Fit, start: Model | None, task: Task, place: Place) -> 
     config = getattr(stage, "model", None)
     if config is not None:
         return initialise(tables.module(config, task), task.inputs, jax.random.key(place.seed))
-    if start is None:  # the schema asks the first stage for a model
-        raise AssertionError(stage.name)
-    if _has_integers(start.params):
-        raise ValueError(
-            f"stage `{stage.name}` starts from integers, which do not train: "
-            "put it before the `quantize` stage, or `start` it from an earlier one."
-        )
+    assert start is not None  # the schema asks the first stage for a model
     return start
 
 
@@ -68,7 +62,3 @@ def _calibrated(stage: schema.Quantize, model: Model, task: Task) -> tuple[Model
     undone = [row for row in rows if row.activation is not None and row.low is None]
     notes = tuple(f"{stage.name}: `{row.path}`: {row.reason}" for row in undone)
     return dataclasses.replace(model, params=params), notes
-
-
-def _has_integers(params: PyTree) -> bool:
-    return any(isinstance(leaf, quant.QArray) for _, leaf in trees.items(params))

@@ -40,8 +40,10 @@ def write_report(
     recipe: schema.Recipe, folder: Folder, models: Mapping[str, Model], task: Task
 ) -> tuple[list[report.Row], report.Metric]:
     """Writes `report.json`, `report.html` and the plots; returns the rows and what they measure."""
-    metric = report.Metric() if task.kind == "images" else report.Metric(
-        name="loss per character", percent=False, higher=False
+    metric = (
+        report.Metric()
+        if task.kind == "images"
+        else report.Metric(name="loss per character", percent=False, higher=False)
     )
     records = {name: folder.finished(name) or {} for name in models}
     times = _times(models, task)

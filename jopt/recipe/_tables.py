@@ -43,7 +43,9 @@ def module(config: schema.Model, task: Task) -> Any:
                 dropout=config.dropout,
             )
         case schema.SimpleCNN():
-            return nn.SimpleCNN(classes=task.classes, dropout=config.dropout, init=config.init)
+            return nn.SimpleCNN(
+                classes=task.classes, dropout=config.dropout, initialization=config.initialization
+            )
         case schema.CharTransformer():
             return nn.CharTransformer(
                 vocab=task.classes,
@@ -186,4 +188,6 @@ def _listed(where: schema.Where) -> str | list[str]:
 
 def _matrices(params: Any) -> Any:
     """Marks what weight decay acts on: kernels and embeddings, not biases or normalization."""
-    return jax.tree.map(lambda leaf: np.ndim(leaf) >= 2 and jnp.issubdtype(leaf.dtype, jnp.inexact), params)
+    return jax.tree.map(
+        lambda leaf: np.ndim(leaf) >= 2 and jnp.issubdtype(leaf.dtype, jnp.inexact), params
+    )

@@ -119,7 +119,9 @@ class Task:
 
     def test_inputs(self, count: int) -> np.ndarray:
         """The first `count` test examples as the model takes them."""
-        return np.asarray(self.examples({k: jnp.asarray(v[:count]) for k, v in self.test.items()})[0])
+        return np.asarray(
+            self.examples({k: jnp.asarray(v[:count]) for k, v in self.test.items()})[0]
+        )
 
     def train_inputs(self, count: int, size: int) -> list[jax.Array]:
         """`count` batches of `size` training examples, from the start, for calibration."""

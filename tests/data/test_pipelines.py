@@ -64,7 +64,7 @@ def test_stream_is_a_function_of_seed_and_step():
 
 def test_stream_mistakes():
     pytest.importorskip("grain")
-    with pytest.raises(ValueError, match="one length; got {'x': 3, 'y': 4}"):
+    with pytest.raises(ValueError, match=r"one length; got {'x': 3, 'y': 4}"):
         data.Stream({"x": np.zeros(3), "y": np.zeros(4)}, 2, seed=0)
-    with pytest.raises(ValueError, match="batch_size=5.* expects 1 to 3"):
+    with pytest.raises(ValueError, match=r"batch_size=5.* expects 1 to 3"):
         data.Stream({"x": np.zeros(3)}, 5, seed=0)

@@ -99,10 +99,11 @@ def test_convnet_statistics_follow_the_batch_only_in_training(key):
     model = nn.ConvNet((4,), classes=3, momentum=0.9)
     x = example((8, 8, 1), batch=16)
     variables = start(model, key, x)
-    _, unchanged = model.apply(variables, x, mutable=["batch_stats"])
-    same = jax.tree.map(jnp.array_equal, unchanged["batch_stats"], variables["batch_stats"])
+    _, unchanged = jax.jit(lambda v: model.apply(v, x, mutable=["batch_stats"]))(variables)
+    same = jax.tree.map(np.array_equal, unchanged["batch_stats"], variables["batch_stats"])
     assert jax.tree.all(same)
-    _, changed = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    train = jax.jit(lambda v: model.apply(v, x, train=True, mutable=["batch_stats"]))
+    _, changed = train(variables)
     kernel = variables["params"]["Conv_0"]["kernel"]
     mean = np.asarray(nn.conv(x, kernel), np.float64).mean((0, 1, 2))
     np.testing.assert_allclose(changed["batch_stats"]["BatchNorm_0"]["mean"], 0.1 * mean, atol=1e-6)
@@ -116,7 +117,7 @@ def test_convnet_statistics_over_devices_are_those_of_the_whole_batch(key):
     def train(model, x):
         return model.apply(variables, x, train=True, mutable=["batch_stats"])
 
-    logits, expected = train(alone, x)
+    logits, expected = jax.jit(lambda x: train(alone, x))(x)
     parts, changed = jax.pmap(lambda x: train(together, x), "batch")(x.reshape(8, 2, 8, 8, 1))
     np.testing.assert_allclose(parts.reshape(16, 3), logits, rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(changed), jax.tree.leaves(expected), strict=True):
@@ -175,6 +176,7 @@ def test_dropout_acts_in_training_only_and_by_its_key(key):
     x = example((8, 8, 3))
     variables = start(model, key, x)
 
+    @jax.jit
     def train(seed):
         return model.apply(variables, x, train=True, rngs={"dropout": jax.random.key(seed)})
 
@@ -200,7 +202,8 @@ def test_transformer_is_causal(key):
     tokens = example((8,))
     variables = start(TRANSFORMER, key, tokens)
     logits = run(TRANSFORMER, variables, tokens)
-    changed = TRANSFORMER.apply(variables, np.concatenate([tokens[:, :5], 10 - tokens[:, 5:]], 1))
+    other = np.concatenate([tokens[:, :5], 10 - tokens[:, 5:]], axis=1)
+    changed = run(TRANSFORMER, variables, other)
     np.testing.assert_allclose(changed[:, :5], logits[:, :5], atol=1e-5)
     assert np.abs(changed[:, 5:] - logits[:, 5:]).max() > 1e-3
     shorter = run(TRANSFORMER, variables, tokens[:, :5])
@@ -239,8 +242,9 @@ def test_transformer_equals_its_formulas_in_float64(key):
     tokens = example((8,))
     variables = start(TRANSFORMER, key, tokens)
     # Larger embeddings than it starts with, so that every part counts.
+    rng = np.random.default_rng(1)
     variables = jax.tree.map(
-        lambda leaf: leaf + 0.1 * jax.random.normal(key, leaf.shape), variables
+        lambda leaf: np.asarray(leaf) + 0.1 * rng.standard_normal(leaf.shape, np.float32), variables
     )
     expected = reference_transformer(variables["params"], tokens, TRANSFORMER.heads)
     np.testing.assert_allclose(run(TRANSFORMER, variables, tokens), expected, rtol=1e-3, atol=1e-4)
@@ -265,8 +269,9 @@ def test_models_run_on_quantized_kernels(name, key):
     model, shape = MODELS[name]
     x = example(shape)
     variables = start(model, key, x)
-    quantized = quant.quantize(variables, [("params/**/kernel", quant.Int(8))])
-    expected = model.apply(jax.tree.map(lambda leaf: leaf, dense(quantized)), x)
+    policy = [("params/**/kernel", quant.Int(8))]
+    quantized = jax.jit(lambda variables: quant.quantize(variables, policy))(variables)
+    expected = jax.jit(lambda variables, x: model.apply(dense(variables), x))(quantized, x)
     logits = jax.jit(jopt.lift(model.apply))(quantized, x)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
     assert np.abs(logits - run(model, variables, x)).max() > 0

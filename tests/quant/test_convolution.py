@@ -135,6 +135,13 @@ def test_lowers_everywhere(name):
         args = (params, jax.ShapeDtypeStruct(shape, jnp.float32))
         lowered(lift(f), ["cpu", "cuda", "tpu"], *args)
         lowered(gradient(f), ["cpu", "cuda", "tpu"], *args)
+        batch = jax.export.symbolic_shape("b")  # any batch size
+        some = jax.ShapeDtypeStruct((*batch, *shape[1:]), jnp.float32)
+        exported = jax.export.export(jax.jit(lift(f)))(params, some)
+        x = jax.random.normal(jax.random.key(0), (3, *shape[1:]))
+        np.testing.assert_allclose(
+            exported.call(params, x), jax.jit(lift(f))(params, x), rtol=1e-5, atol=1e-6
+        )
     for platform, whole in (("cpu", True), ("tpu", True), ("cuda", False)):
         text = lowered(lift(conv), [platform], *args)
         products = [line for line in text.splitlines() if "stablehlo.convolution" in line]

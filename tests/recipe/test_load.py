@@ -133,7 +133,7 @@ def test_override_mistakes_name_the_option(write, override, words):
 def test_find_knows_the_built_in_recipes():
     assert "digits" in loading.built_in()
     assert loading.find("digits") == loading.find("configs/digits.yaml").resolve()
-    with pytest.raises(loading.RecipeError, match="built-in: .*digits"):
+    with pytest.raises(loading.RecipeError, match=r"built-in: .*digits"):
         loading.find("digitz")
 
 

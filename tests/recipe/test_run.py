@@ -63,7 +63,9 @@ def whole(path, tmp_path_factory) -> tuple[pathlib.Path, float]:
     """A run that was not cut, in a process of its own, and the seconds that it took."""
     out = tmp_path_factory.mktemp("whole")
     began = time.monotonic()
-    done = subprocess.run(_command(path, out), env=_environment(path), capture_output=True, text=True)
+    done = subprocess.run(
+        _command(path, out), env=_environment(path), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return out, time.monotonic() - began
 
@@ -80,8 +82,23 @@ def test_every_stage_is_recorded(whole):
         assert small["sparsity"][layer] >= share > 0  # rounding may add zeros, never lose them
 
 
-def test_pruned_weights_stay_zero_through_quantization(whole, path):
-    result = recipe.run(recipe.load(path), whole[0], resume=True, quiet=True)
+@pytest.fixture(scope="module")
+def again(path, whole) -> recipe.Result:
+    """The models of that run, in this process: everything is finished, so nothing trains."""
+    with jax.numpy_dtype_promotion("standard"):
+        return recipe.run(recipe.load(path), whole[0], resume=True, quiet=True)
+
+
+def test_another_process_gets_the_same_logits_from_the_artifact(again, whole):
+    images = data.digits().test[0]
+    model = again.models["int8"]
+    expected = jax.jit(model.apply)(model.variables, images)
+    found = artifact.load(whole[0] / "artifact")(images)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_pruned_weights_stay_zero_through_quantization(again):
+    result = again
     sparse, small = result.models["sparse"], result.models["int8"]
     kept = prune.report(sparse.masks).values()
     share = sum(row.kept for row in kept) / sum(row.total for row in kept)
@@ -143,7 +160,9 @@ def test_killed_and_resumed_ends_with_the_same_bits(whole, path, tmp_path, attem
         assert (tmp_path / name).read_bytes() == (reference / name).read_bytes(), name
     for log in sorted(reference.glob("stages/*/metrics.jsonl")):
         assert (tmp_path / log.relative_to(reference)).read_text() == log.read_text(), log
-    records = [json.loads((folder / "run.json").read_text())["stages"] for folder in (reference, tmp_path)]
+    records = [
+        json.loads((folder / "run.json").read_text())["stages"] for folder in (reference, tmp_path)
+    ]
     for stage in records[0].values():
         del stage["seconds"]
     for stage in records[1].values():
@@ -185,19 +204,47 @@ def test_a_broken_journal_is_named(path, tmp_path):
 
 def test_a_diverging_run_stops_and_names_the_step(path, tmp_path):
     config = recipe.load(path, ["stages.teacher.optimizer={kind: sgd, learning_rate: 1e30}"])
-    with pytest.raises(recipe.TrainingDiverged, match="step [0-9]+"):
+    with pytest.raises(recipe.TrainingDiverged, match=r"step [0-9]+"):
         recipe.run(config, tmp_path / "out", quiet=True)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["stages"] == {}
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "stages.sparse.sparsity.where=**/kernels",
+            r"stage `sparse`: .*matched none of 5 parameters",
+        ),
+        ("stages.sparse.sparsity={pattern: {n: 2, m: 7}}", r"stage `sparse`: .*does not fit"),
+        ("stages.int8.policy.0.where=conv/*", r"stage `int8`: .*matched none of 5 parameters"),
+        (
+            "stages.int8.policy.0.weight={bits: 4, granularity: group, group_size: 5}",
+            r"stage `int8`: .*group_size=5",
+        ),
+    ],
+)
+def test_a_late_stage_that_cannot_work_is_said_at_once(path, tmp_path, override, words):
+    with pytest.raises(recipe.RecipeError, match=words):
+        recipe.run(recipe.load(path, [override]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_integers_do_not_train(path, tmp_path):
     config = recipe.load(path)
-    stages = [*config.stages[:1], config.stages[2], config.stages[1]]
-    fast = {"epochs": 0.1, "distill": None}
-    stages = [stage.model_copy(update=fast) for stage in stages]
-    config = config.model_copy(update={"stages": tuple(stages)})
-    with pytest.raises(ValueError, match="stage `sparse` starts from integers"):
-        recipe.run(config, tmp_path / "out", quiet=True)
+    teacher, sparse, int8, export = config.stages
+    config = config.model_copy(update={"stages": (teacher, int8, sparse, export)})
+    with pytest.raises(recipe.RecipeError, match="stage `sparse`: it starts from integers"):
+        recipe.run(config, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_demo_keeps_its_promises(tmp_path):
+    result = recipe.run(recipe.load(recipe.find("digits")), tmp_path / "out", quiet=True)
+    rows = {row.name: row for row in result.rows}
+    assert rows["teacher"].score >= 0.985
+    assert rows["int8"].score >= rows["teacher"].score - 0.01
+    assert rows["int8"].bytes <= rows["teacher"].bytes / 40
 
 
 def _command(path: pathlib.Path, out: pathlib.Path) -> list[str]:

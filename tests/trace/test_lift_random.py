@@ -66,9 +66,11 @@ def test_random_programs(steps):
 
     ours = lift(program, allow_dense=True)(PARAMS, INPUT)
     theirs = program(dense(PARAMS), INPUT)
+    # The toy leaf rounds its scale where the dense weight rounds its values.
+    tolerance = 5e-3 if any(name == "cast" for name, *_ in steps) else 2e-4
     for a, b in zip(ours, theirs, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        np.testing.assert_allclose(a, b, 2e-4, 2e-4 * max(1.0, float(jnp.abs(b).max())))
+        np.testing.assert_allclose(a, b, tolerance, tolerance * max(1, float(jnp.abs(b).max())))
 
 
 def _factors(draw, size):

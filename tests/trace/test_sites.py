@@ -176,6 +176,14 @@ def test_only_loops_of_unknown_length_and_branches_are_inexact():
     assert inexact == ["branches", "while"]
 
 
+def test_branches_for_other_platforms_only_are_all_listed():
+    def function(p, x):
+        return lax.platform_dependent(x, tpu=lambda x: x @ p["w"], cuda=lambda x: 2.0 * x @ p["w"])
+
+    found = sites(function, W, X)
+    assert [(s.path, s.exact) for s in found] == [("w", False)] * 2
+
+
 def test_sizes_and_cost():
     (site,) = sites(*CASES["scan over layers"][:3])
     assert site.shapes == ((4, 6), (6, 6), (4, 6))
@@ -303,8 +311,12 @@ def test_flops_count_every_trip_of_a_scan():
 
 def test_of_branches_by_platform_the_one_that_runs_here_counts():
     def by_platform(params, x):
-        here = lambda kernel, x: x @ kernel
-        there = lambda kernel, x: x @ (kernel @ kernel)
+        def here(kernel, x):
+            return x @ kernel
+
+        def there(kernel, x):
+            return x @ (kernel @ kernel)
+
         return jax.lax.platform_dependent(params["kernel"], x, cpu=here, default=there)
 
     params = {"kernel": jnp.zeros((4, 4))}

@@ -1,0 +1,439 @@
+"""`sparsify` and `hold`: exact zeros in any chain, in any tree, at any precision."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jopt import prune, schedules
+
+RAMP = schedules.cubic_sparsity(0.75, begin=0, end=4)
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    # optax's own transformations promote implicitly.
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """A typed leaf that trains, with an array beside its weight."""
+
+    weight: jax.Array
+    range: jax.Array | None
+
+    def materialise(self):
+        return self.weight
+
+    def with_weight(self, weight):
+        return dataclasses.replace(self, weight=weight)
+
+
+class Pair(NamedTuple):
+    first: jax.Array
+    second: jax.Array
+
+
+def random_params(seed=0, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    draw = lambda key, *shape: jax.random.normal(key, shape).astype(dtype)  # noqa: E731
+    return {
+        "a": {"kernel": draw(keys[0], 16, 24), "bias": jnp.ones(24, dtype)},
+        "b": Pair(draw(keys[1], 24, 10), jnp.ones(10, dtype)),
+        "c": [Scaled(draw(keys[2], 3, 7), jnp.ones(2, dtype)), None],
+    }
+
+
+def weights_of(tree):
+    return [tree["a"]["kernel"], tree["b"].first, tree["c"][0].weight]
+
+
+TOTAL = 16 * 24 + 24 * 10 + 3 * 7
+
+
+def train(tx, params, steps=7, grads=lambda p: jax.tree.map(lambda x: x - 1, p), state=None):
+    """Trains under `jit`; checks that nothing is traced twice and that the state keeps its form."""
+    traces = []
+
+    @jax.jit
+    def step(params, state):
+        traces.append(0)
+        updates, state = tx.update(grads(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params) if state is None else state
+    form = jax.tree.map(lambda x: (x.shape, x.dtype), (params, state))
+    for _ in range(steps):
+        params, state = step(params, state)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), (params, state)) == form
+    assert len(traces) == 1
+    return params, state
+
+
+def check_zeros(params, state, sparsity=0.75):
+    """Weights are zero where the masks say, and as many as asked for."""
+    masks = prune.masks_of(state)
+    pruned = 0
+    for weight, mask in zip(weights_of(params), [masks["a"]["kernel"], masks["b"].first,
+                                                 masks["c"][0]], strict=True):  # fmt: skip
+        mask = np.broadcast_to(mask, weight.shape)
+        np.testing.assert_array_equal(np.asarray(weight)[~mask], 0)
+        pruned += np.sum(~mask)
+    assert pruned == round(sparsity * TOTAL)
+    assert np.all(np.asarray(params["a"]["bias"]) != 0)
+    return masks
+
+
+# The battery: every row is a chain that ends in `sparsify`.
+
+OPTIMIZERS = {
+    "sgd": lambda: optax.sgd(0.1),
+    "momentum": lambda: optax.sgd(0.1, momentum=0.9),
+    "adam": lambda: optax.adam(0.1),
+    "adamw": lambda: optax.adamw(0.1),
+    "adafactor": lambda: optax.adafactor(0.1),
+    "lion": lambda: optax.lion(0.1),
+    "rmsprop": lambda: optax.rmsprop(0.1),
+    "lamb": lambda: optax.lamb(0.1),
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_composes_with_optimizers(name):
+    tx = optax.chain(OPTIMIZERS[name](), prune.sparsify(RAMP))
+    params, state = train(tx, random_params())
+    check_zeros(params, state)
+
+
+MARKS = {"a": {"kernel": True, "bias": False}, "b": Pair(True, False), "c": True}
+LABELS = {"a": {"kernel": "x", "bias": "z"}, "b": Pair("y", "z"), "c": "x"}
+WRAPPERS = {
+    "masked": lambda: optax.chain(optax.adam(0.1), optax.masked(prune.sparsify(RAMP), MARKS)),
+    "inject": lambda: optax.inject_hyperparams(
+        lambda rate: optax.chain(optax.adam(rate), prune.sparsify(RAMP))
+    )(rate=0.1),
+    "injected": lambda: optax.chain(
+        optax.adam(0.1), optax.inject_hyperparams(prune.sparsify)(sparsity=RAMP, every=1)
+    ),
+    "multisteps": lambda: optax.MultiSteps(
+        optax.chain(optax.adam(0.1), prune.sparsify(RAMP)), 2
+    ).gradient_transformation(),
+    "if finite": lambda: optax.apply_if_finite(
+        optax.chain(optax.adam(0.1), prune.sparsify(RAMP)), 3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_composes_with_wrappers(name):
+    params, state = train(WRAPPERS[name](), random_params(), steps=12)
+    check_zeros(params, state)
+
+
+def test_multi_transform_with_two_sparsities():
+    tx = optax.multi_transform(
+        {
+            "x": optax.chain(optax.adam(0.1), prune.sparsify(0.5)),
+            "y": optax.chain(optax.sgd(0.1), prune.sparsify(0.9)),
+            "z": optax.sgd(0.1),
+        },
+        LABELS,
+    )
+    params, state = train(tx, random_params())
+    masks = prune.masks_of(state)
+    assert jax.tree.structure(masks, is_leaf=lambda x: isinstance(x, Scaled)).num_leaves == 5
+    counts = {path: kept.total - kept.kept for path, kept in prune.report(masks).items()}
+    assert counts["b/first"] == 216
+    assert counts["a/kernel"] + counts["c/0"] == round(0.5 * (384 + 21))
+    assert masks["a"]["bias"].shape == ()
+    np.testing.assert_array_equal(np.asarray(params["b"].first) == 0, ~masks["b"].first)
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *WRAPPERS])
+def test_tree_map_params(name):
+    tx = WRAPPERS[name]() if name in WRAPPERS else optax.chain(
+        OPTIMIZERS[name](), prune.sparsify(RAMP)
+    )  # fmt: skip
+    params = random_params()
+    state = tx.init(params)
+    same = optax.tree_map_params(tx, lambda x: x, state)
+    assert jax.tree.structure(same) == jax.tree.structure(state)
+    if name not in ("masked", "adafactor"):  # which leave out parameters
+        ranks = jax.tree.map(jnp.ndim, params)
+        specs = optax.tree_map_params(
+            tx, lambda x, rank: x.ndim == rank, state, ranks, transform_non_params=lambda x: True
+        )
+        assert all(jax.tree.leaves(specs))
+
+
+# Exactness.
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_zeros_are_exact_at_any_precision_whatever_comes_in(dtype):
+    broken = lambda p: jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), p)  # noqa: E731
+    params = random_params(dtype=dtype)
+    params, state = train(prune.sparsify(0.75), params, steps=2, grads=broken)
+    masks = prune.masks_of(state)
+    weight, mask = np.asarray(params["a"]["kernel"], np.float32), masks["a"]["kernel"]
+    assert np.all(weight[~mask] == 0) and np.all(np.isnan(weight[mask]))
+
+
+@pytest.mark.parametrize(("weights", "updates"), [
+    (jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float16),
+])  # fmt: skip
+def test_updates_of_another_dtype(weights, updates):
+    params = jax.random.normal(jax.random.key(0), (8, 8)).astype(weights)
+    tx = prune.sparsify(0.5)
+    change, _ = tx.update(jnp.ones((8, 8), updates), tx.init(params), params)
+    assert int(jnp.sum(optax.apply_updates(params, change) == 0)) == 32
+
+
+def test_dense_leaves_and_kept_weights_pass_unchanged():
+    params = random_params()
+    tx = prune.sparsify(0.5)
+    given = jax.tree.map(lambda x: x * 0.3, params)
+    updates, state = tx.update(given, tx.init(params), params)
+    masks = prune.masks_of(state)
+    np.testing.assert_array_equal(updates["a"]["bias"], given["a"]["bias"])
+    np.testing.assert_array_equal(updates["c"][0].range, given["c"][0].range)
+    mask = np.asarray(masks["c"][0])
+    expected = np.where(mask, given["c"][0].weight, -params["c"][0].weight)
+    np.testing.assert_array_equal(updates["c"][0].weight, expected)
+
+
+def test_first_masks_are_those_of_masks():
+    params = random_params()
+    for options in ({}, {"scope": "layer"}, {"score": prune.random(jax.random.key(0))}):
+        tx = prune.sparsify(0.6, **options)
+        _, state = jax.jit(tx.update)(params, tx.init(params), params)
+        found, expected = prune.masks_of(state), prune.masks(params, 0.6, **options)
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_masks_only_grow_even_among_ties():
+    # Every weight is the same, so the index alone orders them; noise would unprune the early ones.
+    params = {"kernel": jnp.ones((8, 8))}
+    levels = jnp.array([0.25, 0.5, 0.4, 0.75])
+    tx = prune.sparsify(lambda step: levels[step])
+    state, before = tx.init(params), np.ones((8, 8), bool)
+    for step, count in enumerate([16, 32, 32, 48]):
+        grads = {"kernel": jax.random.normal(jax.random.key(step), (8, 8))}
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        mask = np.asarray(prune.masks_of(state)["kernel"])
+        assert np.sum(~mask) == count and not np.any(mask & ~before)
+        before = mask
+    assert state.sparsity == 0.75 and state.step == 4
+
+
+def test_pruned_weights_stay_before_new_zeros():
+    params = jnp.array([[0.0, 0.0, 0.0, 5.0, 1.0, 2.0, 3.0, 4.0]])
+    tx = prune.sparsify(schedules.steps_sparsity([(0, 0.5), (1, 0.625)]))
+    state = tx.init(params)
+    _, state = tx.update(jnp.zeros_like(params), state, params)
+    first = np.asarray(prune.masks_of(state))
+    np.testing.assert_array_equal(first, [[0, 0, 0, 1, 0, 1, 1, 1]])
+    # The others have become zero too: the one more that goes comes after those that went before.
+    _, state = tx.update(jnp.zeros_like(params), state, jnp.zeros_like(params))
+    np.testing.assert_array_equal(prune.masks_of(state), [[0, 0, 0, 0, 0, 1, 1, 1]])
+
+
+def test_every():
+    params = {"kernel": jax.random.normal(jax.random.key(0), (10, 10))}
+    tx = prune.sparsify(lambda step: 0.1 * (step + 1), every=3)
+    state, counts = tx.init(params), []
+    for _ in range(7):
+        updates, state = jax.jit(tx.update)(params, state, params)
+        params = optax.apply_updates(params, updates)
+        counts.append(int(jnp.sum(params["kernel"] == 0)))
+    assert counts == [10, 10, 10, 40, 40, 40, 70]
+
+
+def test_nm_through_a_schedule():
+    params = jax.random.normal(jax.random.key(0), (16, 12))
+    tx = optax.chain(optax.sgd(0.1), prune.sparsify(
+        schedules.cubic_sparsity(0.5, begin=0, end=4), pattern=prune.NM(2, 4)
+    ))  # fmt: skip
+    params, state = train(tx, params, steps=3)
+    assert 0 < jnp.mean(params == 0) < 0.5
+    params, state = train(tx, params, steps=4, state=state)
+    groups = np.asarray(prune.masks_of(state)).reshape(4, 4, 12).sum(1)
+    np.testing.assert_array_equal(groups, 2)
+
+
+def test_a_score_with_state():
+    # Movement: a running sum of -w · g, fed by the updates that reach the transformation.
+    movement = prune.Score(
+        rank=lambda state, params: state,
+        init=lambda params: jax.tree.map(jnp.zeros_like, params),
+        update=lambda updates, state, params, **extra: jax.tree.map(
+            lambda s, u, p: s - u * p * extra["scale"], state, updates, params
+        ),
+    )
+    params = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "bias": jnp.ones(2)}
+    grads = {"kernel": jnp.array([[1.0, -1.0], [1.0, -1.0]]), "bias": jnp.ones(2)}
+    tx = prune.sparsify(schedules.steps_sparsity([(1, 0.5)]), score=movement)
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = jax.jit(tx.update)(grads, state, params, scale=2.0)
+    np.testing.assert_array_equal(state.score["kernel"], [[-4, 8], [-12, 16]])
+    np.testing.assert_array_equal(prune.masks_of(state)["kernel"], [[False, True]] * 2)
+
+
+# The state.
+
+
+def test_one_bit_a_weight():
+    params = {f"w{i}": jnp.zeros(shape) for i, shape in enumerate(
+        [(64, 10), (10, 64), (3, 3, 3, 16), (5, 12, 40), (64, 64)]
+    )}  # fmt: skip
+    state = prune.sparsify(0.5).init(params)
+    for name, words in state.masks.words.items():
+        assert words.dtype == jnp.uint8 and words.ndim == params[name].ndim
+        assert words.size * 8 == params[name].size
+    odd = prune.sparsify(0.5).init(jnp.zeros((49, 7)))
+    assert odd.masks.words.shape == (7, 7)
+
+
+def test_frameworks():
+    equinox = pytest.importorskip("equinox")
+    from flax import nnx
+
+    mlp = equinox.nn.MLP(4, 2, 8, 2, key=jax.random.key(0))
+    arrays = equinox.filter(mlp, equinox.is_array)
+    linear = nnx.state(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.Param)
+    for params in (arrays, linear):
+        tx = optax.chain(optax.adam(0.1), prune.sparsify(0.5))
+        trained, state = train(tx, params, steps=2)
+        masks = prune.masks_of(state)
+        assert jax.tree.structure(masks) == jax.tree.structure(params)
+        zeros = sum(int(jnp.sum(x == 0)) for x in jax.tree.leaves(trained) if x.ndim > 1)
+        assert zeros == sum(x.size for x in jax.tree.leaves(params) if x.ndim > 1) // 2
+
+
+def test_scan_over_steps_and_vmap_over_models():
+    tx = optax.chain(optax.sgd(0.1), prune.sparsify(RAMP))
+
+    def run(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.tree.map(lambda x: x - 1, params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), None, length=6)[0]
+
+    params, state = jax.jit(run)(random_params())
+    check_zeros(params, state)
+    looped, _ = train(tx, random_params(), steps=6)
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(looped), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), random_params(0), random_params(1))
+    params, state = jax.jit(jax.vmap(run))(stacked)
+    masks = prune.masks_of(state)
+    for i in range(2):
+        own = jax.tree.map(lambda x: x[i], params)  # noqa: B023
+        alone, _ = jax.jit(run)(random_params(i))
+        np.testing.assert_allclose(own["a"]["kernel"], alone["a"]["kernel"], rtol=1e-5)
+        np.testing.assert_array_equal(own["a"]["kernel"] == 0, ~masks["a"]["kernel"][i])
+
+
+def test_orbax(tmp_path):
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    tx = optax.chain(optax.adam(0.1), prune.sparsify(RAMP))
+    _, state = train(tx, random_params(), steps=3)
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.tree.map(jnp.zeros_like, state))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+# Holding masks.
+
+
+def test_hold():
+    params = random_params()
+    masks = prune.masks(params, 0.6)
+    tx = optax.chain(optax.adam(0.1), prune.hold(masks))
+    trained, state = train(tx, params)
+    found = check_zeros(trained, state, 0.6)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(masks), strict=True):
+        np.testing.assert_array_equal(x, y)
+    # On from another chain's masks, and with a leaf that stands for a subtree.
+    tx = optax.chain(optax.sgd(0.1, momentum=0.9), prune.hold({**found, "b": True}))
+    trained, state = train(tx, params, steps=3)
+    np.testing.assert_array_equal(trained["a"]["kernel"] == 0, ~masks["a"]["kernel"])
+    assert jnp.all(trained["b"].first != 0)
+    optax.tree_map_params(tx, lambda x, y: x, state, params)
+
+
+def test_hold_in_training_after_quantization():
+    # Masks of plain weights hold on typed leaves that came in their place.
+    plain = {"kernel": jax.random.normal(jax.random.key(0), (8, 8)), "bias": jnp.ones(8)}
+    masks = prune.masks(plain, 0.5)
+    params = {**plain, "kernel": Scaled(plain["kernel"], None)}
+    trained, state = train(optax.chain(optax.adam(0.1), prune.hold(masks)), params)
+    np.testing.assert_array_equal(trained["kernel"].weight == 0, ~masks["kernel"])
+    np.testing.assert_array_equal(prune.masks_of(state)["kernel"], masks["kernel"])
+
+
+def test_converges():
+    target = jnp.array([[3.0, -0.1, 2.0, 0.2], [-4.0, 0.3, 0.1, 5.0]])
+    tx = optax.chain(
+        optax.adam(0.1), prune.sparsify(schedules.cubic_sparsity(0.5, begin=50, end=99))
+    )
+    params, _ = train(
+        tx, jnp.zeros((2, 4)), steps=300, grads=lambda p: jax.grad(
+            lambda q: jnp.sum((q - target) ** 2))(p),
+    )  # fmt: skip
+    np.testing.assert_allclose(params, jnp.where(jnp.abs(target) > 1, target, 0), atol=1e-2)
+
+
+# Errors.
+
+
+def test_errors():
+    params = random_params()
+    tx = prune.sparsify(0.5)
+    with pytest.raises(ValueError, match=r"`prune.sparsify\(...\)` acts on weights: .* `params`"):
+        tx.update(params, tx.init(params))
+    held = prune.hold(prune.masks(params, 0.5))
+    with pytest.raises(ValueError, match=r"`prune.hold\(...\)` acts on weights"):
+        held.update(params, held.init(params))
+    with pytest.raises(ValueError, match="another structure"):
+        held.init({"other": jnp.ones((2, 2))})
+    with pytest.raises(ValueError, match=r"mask of `a/kernel` is bool\[16, 24\]"):
+        held.init({**params, "a": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}})
+    with pytest.raises(ValueError, match=r"in \[0, 1\)"):
+        prune.sparsify(1.5)
+    with pytest.raises(ValueError, match=r"every=0.*at least 1"):
+        prune.sparsify(0.5, every=0)
+    with pytest.raises(ValueError, match="matched none of 6"):
+        prune.sparsify(0.5, where="nothing").init(params)
+    with pytest.raises(ValueError, match="does not fit 2 of 3 weights"):
+        prune.sparsify(0.5, pattern=prune.NM(2, 8)).init(
+            {"x": jnp.ones((9, 8)), "y": jnp.ones((8, 9)), "z": jnp.ones((12, 8))}
+        )
+
+
+def test_errors_of_masks_of():
+    params = random_params()
+    with pytest.raises(ValueError, match="found no masks"):
+        prune.masks_of(optax.adam(0.1).init(params))
+    twice = optax.chain(prune.sparsify(0.5), prune.hold(prune.masks(params, 0.5)))
+    with pytest.raises(ValueError, match="several masks for the same leaves"):
+        prune.masks_of(twice.init(params))
+    with pytest.raises(TypeError, match="outside `jit`"):
+        jax.jit(prune.masks_of)(prune.sparsify(0.5).init(params))
