@@ -1,6 +1,7 @@
 """Eight CPU devices and strict promotion, before JAX starts."""
 
 import os
+from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
@@ -18,3 +19,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def key() -> jax.Array:
     """A key for tests that need one."""
     return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs() -> Iterator[None]:
+    """Programs compiled for one module are of no use to the next, and take gigabytes in the end."""
+    yield
+    jax.clear_caches()

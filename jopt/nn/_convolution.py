@@ -137,15 +137,18 @@ def _by_slices(
     batch, height, width, _ = x.shape
     rows, columns = (height - h) // strides[0] + 1, (width - w) // strides[1] + 1
 
-    def shifted(u: int, v: int) -> jax.Array:
-        last = (u + (rows - 1) * strides[0] + 1, v + (columns - 1) * strides[1] + 1)
-        window = jax.lax.slice(x, (0, u, v, 0), (batch, *last, channels), (1, *strides, 1))
-        return window.reshape(-1, 1, channels)
+    def shifted(x: jax.Array, by: int, axis: int, count: int) -> jax.Array:
+        step = strides[axis - 1]
+        return jax.lax.slice_in_dim(x, by, by + (count - 1) * step + 1, step, axis)
 
-    # Matrices throughout: XLA:CPU copies the operands of a product of more axes into an order of
-    # its own. And the kernel on the left, so that its derivative needs no transposed copy of the
-    # patches. Measured: together a quarter of the time of a training step.
-    patches = jnp.concatenate([shifted(u, v) for u in range(h) for v in range(w)], axis=1)
-    patches = patches.reshape(-1, h * w * channels)
+    # First the windows of each row, then those rows under one another: longer runs to copy, and
+    # h + w copies to add up in the derivative instead of h · w.
+    across = [shifted(x, v, 2, columns)[:, :, :, None] for v in range(w)]
+    strips = jnp.concatenate(across, axis=3).reshape(batch, height, columns, w * channels)
+    down = [shifted(strips, u, 1, rows).reshape(-1, 1, w * channels) for u in range(h)]
+    patches = jnp.concatenate(down, axis=1).reshape(-1, h * w * channels)
+    # Matrices, since XLA:CPU copies the operands of a product of more axes into an order of its
+    # own; and the kernel on the left, so that its derivative needs no transposed copy of the
+    # patches. Measured: half of the time of a training step, these and the strips together.
     product = jax.lax.dot_general(kernel.reshape(-1, features), patches, (((0,), (1,)), ((), ())))
     return product.T.reshape(batch, rows, columns, features)

@@ -68,8 +68,8 @@ def keep(scores: list[jax.Array], lowest: Wide, *, together: bool) -> list[jax.A
 
 # The two functions below return the threshold of each leaf, and the position in it before which
 # scores that equal the threshold go. A position is found like a threshold, as a k-th smallest
-# number: a cumulative sum would run across devices. It is looked for only where a leaf gives some of
-# its equal scores and keeps others.
+# number: a cumulative sum would run across devices. It is looked for only where a leaf gives some
+# of its equal scores and keeps others.
 
 
 def _together(keys: list[jax.Array], k: Wide) -> tuple[list[jax.Array], list[jax.Array]]:

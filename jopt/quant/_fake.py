@@ -35,8 +35,7 @@ def fake_quant(
 ) -> jax.Array:
     """Rounds `x` to the values that `format` can hold; the gradient passes straight through.
 
-        fake_quant(x) = decode(encode(x, grid), grid),  grid from the smallest and largest values of
-        x
+        fake_quant(x) = decode(encode(x, grid), grid),   grid from the extreme values of x
 
     The grid covers all of `x`, so nothing is clipped and the gradient is 1 everywhere; the grid
     itself is a constant to the gradient. Computed in float32, returned in the dtype of `x`.

@@ -33,8 +33,7 @@ class Range(NamedTuple):
 
 
 class WeightLeaf(Leaf):
-    """A leaf that the rules for products and views know: an array, and coarser arrays that belong
-    to it.
+    """A leaf that the rules for products and views know: an array, and coarser ones beside it.
 
     Attributes:
       range: the activation's measured range, or None.

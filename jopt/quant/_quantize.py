@@ -107,8 +107,7 @@ def qat(params: PyTree, policy: Policy, *, sites: Sequence[Site] | None = None) 
 
 
 def trainable(params: PyTree) -> PyTree:
-    """Marks what an optimizer may change: floating arrays, but no codes, scales or activation
-    ranges.
+    """Marks what an optimizer may change: floating arrays, but no codes, scales or ranges.
 
     For `optax.masked(tx, trainable(params))`, or the mask of a weight decay.
 

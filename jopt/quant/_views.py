@@ -1,5 +1,4 @@
-"""Rules for operations that only look at a weight differently: reshape, transpose, slice, split,
-...
+"""Rules for operations that only look at a weight differently: reshape, transpose, slice, ...
 
 The array of a leaf goes through the operation itself; its scales, zero points and ranges, coarser
 arrays of the same rank, follow it. Where groups no longer line up they are spread to one entry a
@@ -21,8 +20,7 @@ from ._layout import full_along
 from ._leaves import DenseWeight, QArray, Range, WeightLeaf
 
 Shape = tuple[int, ...]
-# How a coarse array follows an operation: f(params, coarse, shape of the array, shape of the
-# result).
+# How a coarse array follows an operation: f(params, coarse, shape of the array, of the result).
 Follow = Callable[[dict[str, Any], jax.Array, Shape, Shape], jax.Array]
 
 
@@ -268,10 +266,8 @@ def _together(
     if isinstance(leaves[0], DenseWeight):
         names = tuple(name for leaf in leaves for name in leaf.observed)
         leaves = [dataclasses.replace(leaf, observed=names) for leaf in leaves]
-    if (
-        len({(jax.tree.structure(leaf), leaf.range and leaf.range.low.shape) for leaf in leaves})
-        > 1
-    ):
+    kinds = {(jax.tree.structure(leaf), leaf.range and leaf.range.low.shape) for leaf in leaves}
+    if len(kinds) > 1:
         return NotImplemented
     arrays = [leaf.split()[0] for leaf in leaves]
     ranges, grids = _covering([leaf.range for leaf in leaves]), [_grid(leaf) for leaf in leaves]

@@ -134,13 +134,12 @@ def branch_platforms(equation: Equation) -> tuple[tuple[str, ...] | None, ...] |
     return equation.params.get("branches_platforms")
 
 
-def branches_here(equation: Equation) -> Sequence[Jaxpr]:
-    """The branches of a cond that may run on the default backend: of those by platform, the one."""
+def branches_on(equation: Equation, platform: str) -> Sequence[Jaxpr]:
+    """The branches of a cond that may run on a platform: of those chosen by platform, the one."""
     branches, platforms = equation.params["branches"], branch_platforms(equation)
     if platforms is None:
         return branches
-    backend = jax.default_backend()
-    here = {"gpu": ("cuda", "rocm", "gpu")}.get(backend, (backend,))
+    here = {"gpu": ("cuda", "rocm", "gpu")}.get(platform, (platform,))
     for branch, names in zip(branches, platforms, strict=True):
         if names is not None and any(name in here for name in names):
             return (branch,)

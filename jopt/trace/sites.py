@@ -263,7 +263,7 @@ def _visit_while(equation: Any, views: Sequence[View], place: _Place, found: lis
 
 
 def _visit_cond(equation: Any, views: Sequence[View], place: _Place, found: list) -> list[View]:
-    bodies = compat.branches_here(equation)
+    bodies = compat.branches_on(equation, jax.default_backend())
     place = place._replace(exact=place.exact and len(bodies) == 1)
     branches = [_visit(branch, views[1:], place, found) for branch in bodies]
     constant = views[0].constant

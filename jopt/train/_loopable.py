@@ -41,13 +41,8 @@ def _primitives(jaxpr: Any, platform: str) -> Iterator[str]:
 
 
 def _inner(equation: Any, platform: str) -> Iterator[Any]:
-    platforms = compat.branch_platforms(equation)
-    if platforms is not None:
-        chosen = [names is not None and platform in names for names in platforms]
-        if not any(chosen):
-            chosen = [names is None for names in platforms]
-        branches = zip(equation.params["branches"], chosen, strict=True)
-        yield from (branch for branch, taken in branches if taken)
+    if compat.branch_platforms(equation) is not None:
+        yield from compat.branches_on(equation, platform)
         return
     for value in equation.params.values():
         for part in value if isinstance(value, tuple | list) else (value,):

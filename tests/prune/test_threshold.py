@@ -91,7 +91,7 @@ def as_int(count):
     return (int(count.high) << 32) | int(count.low)
 
 
-WIDE = st.integers(0, 2**63)
+WIDE = st.integers(0, 2**63 - 1)
 shares = jax.jit(_wide.shares, static_argnums=1)
 
 
