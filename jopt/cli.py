@@ -71,13 +71,17 @@ def run(
     from jopt import recipe as recipes
 
     config = recipes.load(recipes.find(recipe), overrides or [])
-    recipes.run(
-        config,
-        out or pathlib.Path("runs") / config.name,
-        data_dir=data_dir,
-        resume=resume,
-        quiet=quiet,
-    )
+    try:
+        recipes.run(
+            config,
+            out or pathlib.Path("runs") / config.name,
+            data_dir=data_dir,
+            resume=resume,
+            quiet=quiet,
+        )
+    except KeyboardInterrupt:
+        typer.echo("Interrupted, and saved. Add `--resume` to go on.", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command(name="recipes")
@@ -164,9 +168,6 @@ def main() -> None:
             raise
         rich.console.Console(stderr=True).print(f"error: {error}", style="bold red", markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        rich.console.Console(stderr=True).print("Interrupted. Add `--resume` to go on.")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

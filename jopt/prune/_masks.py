@@ -229,7 +229,7 @@ def aligned(masks: PyTree, params: PyTree, *, caller: str) -> list[Any]:
         )
     except ValueError as error:
         raise ValueError(
-            f"`{caller}(...)`: the masks have another structure than `params`:\\n{error}"
+            f"`{caller}(...)`: the masks have another structure than `params`:\n{error}"
         ) from error
     found = jax.tree.structure(params, is_leaf=trees.is_typed).flatten_up_to(full)
     for (path, leaf), mask in zip(trees.items(params), found, strict=True):

@@ -40,10 +40,20 @@ def export(
         difference = _difference(path, model, task)
     return {
         **metrics,
+        "notes": [],
         "bytes": manifest["sizes"]["weights_bytes"],
         "module_bytes": manifest["sizes"]["model_bytes"],
         "largest_difference": difference,
     }
+
+
+def is_whole(folder: Folder) -> bool:
+    """Whether the artifact of a finished run is still there, as it was written."""
+    try:
+        artifact.load(folder.root / "artifact")
+    except (artifact.ArtifactError, OSError):
+        return False
+    return True
 
 
 def _difference(path: Any, model: Model, task: Task) -> float:

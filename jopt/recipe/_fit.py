@@ -33,12 +33,12 @@ def fit(config: schema.Fit, model: Model, teacher: Model | None, task: Task, pla
     """Trains `model` as the stage says, going on from its newest checkpoint."""
     feed = train.Feed(
         task.train,
-        min(config.batch_size, task.train_size),
+        config.batch_size,
         seed=place.seed,
         transform=task.transform(tables.augmentation(config.augment)),
     )
     steps = round(config.epochs * feed.steps_per_epoch)
-    tx = _chain(config, model, epoch=feed.steps_per_epoch, steps=steps)
+    tx = chain(config, model, epoch=feed.steps_per_epoch, steps=steps)
     step = train.make_step(_loss(config, model, teacher, task), tx)
     key = jax.random.key(place.seed)
     state = train.init(model.params, tx, collections=model.collections, key=key)
@@ -52,13 +52,17 @@ def fit(config: schema.Fit, model: Model, teacher: Model | None, task: Task, pla
         log=log,
         progress=train.Progress(place.title) if place.progress else None,
     )
-    masks = model.masks if config.sparsity is None else prune.masks_of(state.opt_state)
+    masks = model.masks
+    if config.sparsity is not None:
+        masks = prune.masks_of(state.opt_state[-1])
+        if model.masks is not None:  # what was pruned before stays so
+            masks = jax.tree.map(jnp.logical_and, masks, model.masks)
     return dataclasses.replace(
         model, params=state.params, collections=state.collections, masks=masks
     )
 
 
-def _chain(
+def chain(
     config: schema.Fit, model: Model, *, epoch: float, steps: int
 ) -> optax.GradientTransformationExtraArgs:
     """Optimizer, then what keeps ranges still and pruned weights zero, in that order."""

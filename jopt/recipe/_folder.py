@@ -12,6 +12,7 @@ from jopt.recipe._load import RecipeError
 from jopt.recipe._schema import Recipe
 
 FORMAT = 1
+RECORDED = {"accuracy", "loss", "bytes", "notes"}  # of every stage
 
 
 class Folder:
@@ -111,6 +112,13 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: not readable ({error}); choose another folder.") from error
     if not isinstance(journal, dict) or journal.get("format") != FORMAT:
         raise RecipeError(f"{path}: written by another version of jopt; choose another folder.")
+    stages = journal.get("stages")
+    if (
+        not isinstance(journal.get("recipe"), dict)
+        or not isinstance(stages, dict)
+        or not all(isinstance(r, dict) and r.keys() >= RECORDED for r in stages.values())
+    ):
+        raise RecipeError(f"{path}: damaged, parts of it are missing; choose another folder.")
     return journal
 
 

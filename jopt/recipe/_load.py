@@ -1,5 +1,6 @@
 """From a YAML file to a checked `Recipe`, with errors that name the file, the line and the key."""
 
+import difflib
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -75,6 +76,8 @@ def load(path: pathlib.Path | str, overrides: Sequence[str] = ()) -> Recipe:
         lines = _lines(node)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: a block of it contains itself.") from None
     for override in overrides:
         _override(data, lines, override)
     try:
@@ -150,29 +153,45 @@ def _name(item: Any) -> str:
 
 def _explain(path: pathlib.Path, lines: dict[Path, str], error: pydantic.ValidationError) -> str:
     """One line a mistake: file, line, key, what is wrong."""
-    mistakes = []
+    mistakes: list[tuple[Path, str, str]] = []  # place, kind, words
     for mistake in error.errors(include_url=False):
-        where = _locate(lines, mistake["loc"])
-        if mistake["type"] == "unknown_key":
-            where = (*where, mistake.get("ctx", {})["key"])
-        elif mistake["type"] == "missing":
-            where = (*where, mistake["loc"][-1])
-        mistakes.append((where, mistake))
+        where, context = _locate(lines, mistake["loc"]), mistake.get("ctx", {})
+        words = mistake["msg"].removeprefix("Value error, ")
+        match mistake["type"]:
+            case "unknown_key":
+                for key, hint in context["keys"].items():
+                    mistakes.append(((*where, key), "unknown_key", f"unknown key `{key}`; {hint}"))
+                continue
+            case "missing":
+                where = (*where, mistake["loc"][-1])
+            case "union_tag_invalid":
+                where = (*where, context["discriminator"].strip("'"))
+                words = _unknown_kind(context["tag"], context["expected_tags"])
+            case "value_error":
+                pass
+            case _:
+                words += f", found {mistake['input']!r:.60}"
+        mistakes.append((where, mistake["type"], words))
     found = []
-    for where, mistake in mistakes:
+    for where, kind, words in mistakes:
         # A block that failed inside also fails as a whole (as another member of a union, as an item
         # missing from its list): only the innermost mistake helps.
-        if any(len(other) > len(where) and other[: len(where)] == where for other, _ in mistakes):
+        if any(len(other) > len(where) and other[: len(where)] == where for other, *_ in mistakes):
             continue
-        own_words = any(other == where and m["type"] == "value_error" for other, m in mistakes)
-        if own_words and mistake["type"] != "value_error":
+        own_words = any(other == where and k == "value_error" for other, k, _ in mistakes)
+        if own_words and kind != "value_error":
             continue
         dotted = ".".join(str(part) for part in where) or "recipe"
-        message = mistake["msg"].removeprefix("Value error, ")
-        if mistake["type"] not in ("unknown_key", "value_error", "missing"):
-            message += f", found {mistake['input']!r:.60}"
-        found.append(f"{path}{lines.get(where, lines.get(where[:-1], ''))}: `{dotted}`: {message}")
+        line = lines.get(where, lines.get(where[:-1], ""))
+        found.append(f"{path}{line}: `{dotted}`: {words}")
     return "\n".join(dict.fromkeys(found))
+
+
+def _unknown_kind(tag: str, expected: str) -> str:
+    known = [name.strip(" '") for name in expected.split(",")]
+    near = difflib.get_close_matches(tag, known, n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`?" if near else ""
+    return f"unknown `{tag}`; {hint or 'known: ' + ', '.join(f'`{name}`' for name in known)}"
 
 
 def _locate(lines: dict[Path, str], location: Sequence[str | int]) -> Path:

@@ -1,5 +1,6 @@
 """A run on shapes alone, before the first step: what a late stage cannot do is said at once."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,7 +8,9 @@ import jax
 from jopt import quant
 from jopt.recipe import _schema as schema
 from jopt.recipe import _tables as tables
+from jopt.recipe._fit import chain
 from jopt.recipe._load import RecipeError
+from jopt.recipe._model import Model, inference
 from jopt.recipe._task import Task
 
 PyTree = Any
@@ -17,42 +20,71 @@ def rehearse(recipe: schema.Recipe, task: Task) -> None:
     """Goes through all stages on the shapes of their parameters, training nothing.
 
     Raises:
-      RecipeError: if a `where` matches no parameter, a pattern or a group size does not fit one, or
-        a stage would train integers; names the stage.
+      RecipeError: if a `where` matches no parameter, a pattern, a group size or a batch does not
+        fit, the model cannot run with what is quantized, or a stage would train integers; names the
+        stage.
     """
-    shapes: dict[str, PyTree] = {}
-    previous: PyTree = None
+    models: dict[str, Model] = {}
+    previous: Model | None = None
     for stage in recipe.stages:
         if isinstance(stage, schema.Fit):
-            start = shapes[stage.start] if stage.start else previous
+            start = models[stage.start] if stage.start else previous
             try:
-                previous = shapes[stage.name] = _after(stage, start, task)
+                previous = models[stage.name] = _after(stage, start, task)
             except (ValueError, TypeError) as error:
                 raise RecipeError(f"stage `{stage.name}`: {error}") from error
 
 
-def _after(stage: schema.Fit, start: PyTree, task: Task) -> PyTree:
-    """The shapes of the parameters that the stage makes from those it starts from."""
+def _after(stage: schema.Fit, start: Model | None, task: Task) -> Model:
+    """The shapes of the model that the stage makes from the one it starts from."""
+    model = _begin(stage, start, task)
+    if stage.batch_size > task.train_size:
+        raise RecipeError(
+            f"`batch_size: {stage.batch_size}` is more than there is: {task.train_size} examples."
+        )
+    if task.kind == "text" and (stage.augment.shift or stage.augment.flip):
+        raise RecipeError("`augment` is for images; windows of text are cut at random anyway.")
+    if isinstance(stage, schema.Quantize):
+        _run_dynamic(model, tables.policy(stage.policy), task)
+        policy = tables.policy(stage.policy)
+        params = jax.eval_shape(lambda params: quant.qat(params, policy), model.params)
+        model = dataclasses.replace(model, params=params)
+    if stage.epochs > 0:
+        epoch = task.train_size // stage.batch_size
+        steps = round(stage.epochs * epoch)
+        held = dataclasses.replace(model, masks=None)  # masks have values, and here are only shapes
+        jax.eval_shape(chain(stage, held, epoch=epoch, steps=steps).init, model.params)
+    if isinstance(stage, schema.Quantize):
+        params = jax.eval_shape(quant.quantize, model.params)
+        model = dataclasses.replace(model, params=params)
+    return model
+
+
+def _begin(stage: schema.Fit, start: Model | None, task: Task) -> Model:
     config = getattr(stage, "model", None)
     if config is not None:
         module = tables.module(config, task)
-        example = jax.ShapeDtypeStruct((1, *task.inputs.shape), task.inputs.dtype)
-        start = jax.eval_shape(module.init, jax.random.key(0), example)["params"]
-    elif has_integers(start):
+        variables = dict(jax.eval_shape(module.init, jax.random.key(0), _example(task)))
+        return Model(module, variables.pop("params"), variables)
+    assert start is not None  # the schema asks the first stage for a model
+    leaves = jax.tree.leaves(start.params, is_leaf=lambda leaf: isinstance(leaf, quant.QArray))
+    if any(isinstance(leaf, quant.QArray) for leaf in leaves):
         raise RecipeError(
             "it starts from integers, which do not train: put it before the `quantize` stage, or "
             "`start` it from an earlier one."
         )
-    if isinstance(stage, schema.Quantize):
-        policy = tables.policy(stage.policy)
-        trained = jax.eval_shape(lambda params: quant.qat(params, policy), start)
-        return jax.eval_shape(quant.quantize, trained)
-    if stage.sparsity is not None:
-        jax.eval_shape(tables.pruning(stage.sparsity, epoch=1, steps=10).init, start)
     return start
 
 
-def has_integers(params: PyTree) -> bool:
-    """Whether some leaves are quantized for good."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, quant.QArray))
-    return any(isinstance(leaf, quant.QArray) for leaf in leaves)
+def _run_dynamic(model: Model, policy: list[tuple[Any, quant.Spec | None]], task: Task) -> None:
+    """Traces the quantized model; static ranges are not known yet, so all are dynamic here."""
+    dynamic = [
+        (where, None if spec is None else dataclasses.replace(spec, static=False))
+        for where, spec in policy
+    ]
+    params = jax.eval_shape(lambda params: quant.quantize(params, dynamic), model.params)
+    jax.eval_shape(inference(model.module), {"params": params, **model.collections}, _example(task))
+
+
+def _example(task: Task) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *task.inputs.shape), task.inputs.dtype)

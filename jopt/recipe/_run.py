@@ -12,7 +12,7 @@ from jopt import report
 from jopt.recipe import _schema as schema
 from jopt.recipe import _stages as stages
 from jopt.recipe import _tables as tables
-from jopt.recipe._export import export
+from jopt.recipe._export import export, is_whole
 from jopt.recipe._fit import Place
 from jopt.recipe._folder import Folder
 from jopt.recipe._model import Model
@@ -60,7 +60,9 @@ def run(
     rehearse(recipe, task)
     folder = Folder.open(out, recipe, resume=resume)
     with folder.locked():
-        console.print(f"[bold]{recipe.name}[/bold] · {task.about} → {out}", highlight=False)
+        console.print(f"{recipe.name} · {task.about} → {out}", highlight=False, markup=False)
+        if resume and not any(map(folder.finished, (stage.name for stage in recipe.stages))):
+            console.print("  nothing is finished here: beginning, or going on with the first stage")
         models: dict[str, Model] = {}
         previous: Model | None = None
         for index, stage in enumerate(recipe.stages):
@@ -70,8 +72,9 @@ def run(
             )
             start = models[stage.start] if stage.start else previous
             if isinstance(stage, schema.Export):
-                assert start is not None
-                record = folder.finished(stage.name) or export(stage, start, task, folder, recipe)
+                assert start is not None  # the schema wants a stage that makes a model first
+                record = folder.finished(stage.name) if is_whole(folder) else None
+                record = record or export(stage, start, task, folder, recipe)
             else:
                 teacher = models[stage.distill.teacher] if stage.distill else None
                 outcome = stages.run(stage, start, teacher, task, place)
@@ -82,7 +85,7 @@ def run(
             _say(console, stage, record)
         rows, metric = write_report(recipe, folder, models, task)
         rich.console.Console().print(report.rich_table(rows, metric=metric))
-        console.print(f"report: {out / 'report.html'}", highlight=False)
+        console.print(f"report: {out / 'report.html'}", highlight=False, markup=False)
     return Result(tuple(rows), models, out)
 
 
@@ -98,4 +101,4 @@ def _say(console: rich.console.Console, stage: schema.Stage, record: dict[str, A
     elif record["nonzeros"] < record["parameters"]:
         words.append(f"{1 - record['nonzeros'] / record['parameters']:.1%} zeros")
     words.append(f"{record['bytes']:,} bytes")
-    console.print(f"  {stage.name}: {', '.join(words)}", highlight=False)
+    console.print(f"  {stage.name}: {', '.join(words)}", highlight=False, soft_wrap=True)

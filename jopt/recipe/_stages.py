@@ -57,7 +57,7 @@ def _calibrated(stage: schema.Quantize, model: Model, task: Task) -> tuple[Model
     def apply(params: PyTree, inputs: jax.Array) -> jax.Array:
         return model.module.apply({"params": params, **model.collections}, inputs)
 
-    batches = task.train_inputs(stage.calibration_batches, min(stage.batch_size, task.train_size))
+    batches = task.train_inputs(stage.calibration_batches, stage.batch_size)
     params, rows = quant.calibrate(apply, params, batches)
     undone = [row for row in rows if row.activation is not None and row.low is None]
     notes = tuple(f"{stage.name}: `{row.path}`: {row.reason}" for row in undone)

@@ -8,11 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from jopt import data, nn, prune, quant, schedules
+from jopt import data, nn, prune, quant, schedules, trees
 from jopt.recipe import _schema as schema
 from jopt.recipe._task import Task
 
@@ -133,14 +131,25 @@ def pruning(
             where=config.where,
             every=config.every,
         )
-    if config.target is not None:
-        schedule = schedules.cubic_sparsity(
-            config.target, begin=round(config.begin * steps), end=max(1, round(config.end * steps))
-        )
-    else:
+    if config.target is None:
         points = {round(point.epoch * epoch): point.sparsity for point in config.at}
+        late = [point.epoch for point in config.at if round(point.epoch * epoch) >= steps]
+        if late:
+            raise ValueError(
+                f"`sparsity.at` names epoch {late[0]:g}, but the stage ends at epoch "
+                f"{steps / epoch:g}: make `epochs` longer or the epochs of `at` earlier"
+            )
         schedule = schedules.steps_sparsity(sorted(points.items()))
-    return prune.sparsify(schedule, scope=config.scope, where=config.where, every=config.every)
+        return prune.sparsify(schedule, scope=config.scope, where=config.where)
+    # The masks are looked at every so many steps: the schedule ends at such a step, or before.
+    every = min(config.every, max(1, steps // 10))
+    last = (steps - 1) // every * every
+    if last < 1:
+        raise ValueError(f"`sparsity.target` needs two steps or more; the stage has {steps}")
+    end = min(max(1, round(config.end * steps)), last)
+    begin = min(round(config.begin * steps), end - 1)
+    schedule = schedules.cubic_sparsity(config.target, begin=begin, end=end)
+    return prune.sparsify(schedule, scope=config.scope, where=config.where, every=every)
 
 
 def policy(rules: tuple[schema.Rule, ...]) -> list[tuple[Any, quant.Spec | None]]:
@@ -188,6 +197,5 @@ def _listed(where: schema.Where) -> str | list[str]:
 
 def _matrices(params: Any) -> Any:
     """Marks what weight decay acts on: kernels and embeddings, not biases or normalization."""
-    return jax.tree.map(
-        lambda leaf: np.ndim(leaf) >= 2 and jnp.issubdtype(leaf.dtype, jnp.inexact), params
-    )
+    names = ("kernel", "embedding")
+    return trees.map_with_path(lambda path, leaf: path.rpartition("/")[2] in names, params)

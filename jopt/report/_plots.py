@@ -127,6 +127,9 @@ def tradeoff(rows: Sequence[Row], metric: Metric, style: Style = LIGHT) -> bytes
     axes.set_xscale("log")
     axes.set(xlabel="weights file", ylabel=metric.name + (" (%)" if metric.percent else ""))
     _room(axes, xs, ys)
+    if metric.percent:  # room above the points is no accuracy beyond 100 %
+        low, high = axes.get_ylim()
+        axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= min(high, 100)])
     _sizes(axes)
     _label(axes, [row.name for row in shown], xs, ys, style)
     return _png(figure)

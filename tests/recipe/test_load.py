@@ -49,8 +49,19 @@ def test_good_recipe_with_defaults(write):
         ("target: 0.5", "target: 1.0", 9, ["stages.1.sparsity.target", "less than 1"]),
         ("target: 0.5", "target: -0.1", 9, ["stages.1.sparsity.target", "greater than or equal"]),
         ("kind: sgd", "kind: sdg", 7, ["stages.0.optimizer.kind", "'sgd'", "'sdg'"]),
-        ("stage: sparsify", "stage: prune", 8, ["stages.1", "'train'", "'sparsify'"]),
-        ("kind: digits", "kind: mnist", 2, ["data", "'digits'", "'cifar10'"]),
+        ("stage: sparsify", "stage: prune", 8, ["stages.1.stage", "`train`", "`sparsify`"]),
+        ("kind: digits", "kind: mnist", 2, ["data.kind", "`digits`", "`cifar10`"]),
+        ("stage: sparsify", "stage: sparsfy", 8, ["did you mean `sparsify`?"]),
+        (
+            "target: 0.5",
+            "at: [{epoch: 2, sparsity: 0.5}, {epoch: 1, sparsity: 0.6}]",
+            9,
+            ["forward"],
+        ),
+        ("target: 0.5", "target: .nan", 9, ["stages.1.sparsity.target"]),
+        ("name: small", "seed: .inf\nname: small", 1, ["seed"]),
+        ("stage: sparsify", "stage: sparsify\n    epochs: 0", 8, ["can neither prune nor distill"]),
+        ("    name: teacher\n", "    name: teacher\n    start: x\n", 4, ["leave one out"]),
         ("name: teacher", "name: sparsify", 1, ["two stages are called `sparsify`"]),
         ("model: {kind: convnet, widths: [4]}", "epochs: 1", 1, ["comes first", "`model`"]),
         ("name: small\n", "", 1, ["`name`", "Field required"]),
@@ -78,6 +89,34 @@ def test_bits_out_of_range(write):
         loading.load(path)
 
 
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ("  - {stage: quantize, policy: [{weight: null}]}", "nothing would be quantized"),
+        ("  - {stage: quantize, policy: [{weight: {bits: 4, granularity: group}}]}", "group_size"),
+        ("  - {stage: quantize, policy: [{weight: {bits: 4}, static: true}]}", "`activation` too"),
+        ("  - {stage: export, platforms: []}", "platforms"),
+        ("  - {stage: export}\n  - {stage: export, name: b}", "one `export`"),
+        ("  - {stage: export}\n  - {stage: train, start: export}", "those are: teacher, sparsify"),
+    ],
+)
+def test_stages_that_make_no_sense(write, stages, words):
+    with pytest.raises(loading.RecipeError, match=words):
+        loading.load(write(GOOD + stages + "\n"))
+
+
+def test_two_unknown_keys_of_one_block_are_both_named(write):
+    path = write(GOOD.replace("widths: [4]", "widhts: [4], deph: 2"))
+    with pytest.raises(loading.RecipeError) as error:
+        loading.load(path)
+    assert "`widths`?" in str(error.value) and "`depth`?" in str(error.value)
+
+
+def test_a_document_that_contains_itself(write):
+    with pytest.raises(loading.RecipeError, match="contains itself"):
+        loading.load(write("name: x\ndata: &a [*a]\n"))
+
+
 def test_several_mistakes_are_all_named(write):
     path = write(GOOD.replace("widths", "widhts").replace("target", "taget"))
     with pytest.raises(loading.RecipeError) as error:
@@ -102,7 +141,7 @@ def test_not_a_recipe(write, text, words):
 
 def test_references_must_be_earlier(write):
     student = "  - {stage: distill, distill: {teacher: tutor}}\n"
-    with pytest.raises(loading.RecipeError, match="earlier stages: teacher, sparsify"):
+    with pytest.raises(loading.RecipeError, match="makes a model; those are: teacher, sparsify"):
         loading.load(write(GOOD + student))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +201,10 @@ def test_a_broken_journal_is_named(path, tmp_path):
     (tmp_path / "run.json").write_text('{"format": 1, "reci')
     with pytest.raises(recipe.RecipeError, match=r"run\.json: not readable"):
         recipe.run(recipe.load(path), tmp_path, resume=True)
+    for damage in ('{"format": 1}', '{"format": 1, "recipe": {}, "stages": {"teacher": {}}}'):
+        (tmp_path / "run.json").write_text(damage)
+        with pytest.raises(recipe.RecipeError, match=r"run\.json: damaged"):
+            recipe.run(recipe.load(path), tmp_path, resume=True)
 
 
 def test_a_diverging_run_stops_and_names_the_step(path, tmp_path):
@@ -217,6 +222,12 @@ def test_a_diverging_run_stops_and_names_the_step(path, tmp_path):
             r"stage `sparse`: .*matched none of 5 parameters",
         ),
         ("stages.sparse.sparsity={pattern: {n: 2, m: 7}}", r"stage `sparse`: .*does not fit"),
+        ("stages.int8.policy.0.where=**/bias", r"stage `int8`: .*would make .* dense"),
+        ("stages.teacher.batch_size=5000", r"stage `teacher`: .*more than there is: 1437"),
+        (
+            "stages.sparse.sparsity={at: [{epoch: 5, sparsity: 0.5}]}",
+            r"stage `sparse`: .*names epoch 5, but the stage ends at epoch 2",
+        ),
         ("stages.int8.policy.0.where=conv/*", r"stage `int8`: .*matched none of 5 parameters"),
         (
             "stages.int8.policy.0.weight={bits: 4, granularity: group, group_size: 5}",
@@ -236,6 +247,37 @@ def test_integers_do_not_train(path, tmp_path):
     config = config.model_copy(update={"stages": (teacher, int8, sparse, export)})
     with pytest.raises(recipe.RecipeError, match="stage `sparse`: it starts from integers"):
         recipe.run(config, tmp_path / "out")
+
+
+def test_pruning_twice_keeps_what_was_pruned(path, tmp_path):
+    few = {"epochs": 0.3, "distill": None}  # 13 steps: fewer than `every` would look at twice
+    config = recipe.load(path)
+    teacher, sparse, _, _ = (stage.model_copy(update=few) for stage in config.stages[:2] * 2)
+    # A smaller target the second time: what went before must stay away.
+    less = sparse.sparsity.model_copy(update={"target": 0.5, "scope": "layer", "every": 100})
+    again = sparse.model_copy(update={"name": "again", "sparsity": less})
+    config = config.model_copy(update={"stages": (teacher, sparse, again)})
+    models = recipe.run(config, tmp_path / "[out]", quiet=True).models
+    first, second = (dict(trees.items(models[name].masks)) for name in ("sparse", "again"))
+    for name, mask in first.items():
+        if np.ndim(mask):
+            assert not (second[name] & ~mask).any()
+            assert (
+                np.asarray(dict(trees.items(models["again"].params))[name])[~second[name]] == 0
+            ).all()
+    kept = prune.report(models["sparse"].masks).values()
+    share = sum(row.kept for row in kept) / sum(row.total for row in kept)
+    assert share == pytest.approx(0.2, abs=1e-3)
+
+
+def test_a_lost_artifact_is_written_again(whole, path, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    (out / "artifact" / "weights.safetensors").write_bytes(b"x")
+    with jax.numpy_dtype_promotion("standard"):
+        recipe.run(recipe.load(path), out, resume=True, quiet=True)
+    for name in ("weights.safetensors", "model.stablehlo"):
+        assert (out / "artifact" / name).read_bytes() == (whole[0] / "artifact" / name).read_bytes()
 
 
 @pytest.mark.slow
