@@ -43,7 +43,7 @@ def write_report(
     metric = (
         report.Metric()
         if task.kind == "images"
-        else report.Metric(name="loss per character", percent=False, higher=False)
+        else report.Metric(name="loss", percent=False, higher=False)
     )
     records = {name: folder.finished(name) or {} for name in models}
     times = _times(models, task)

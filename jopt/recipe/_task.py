@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jopt import data
+
 PyTree = Any
 Apply = Callable[[PyTree, jax.Array], jax.Array]
 Transform = Callable[[dict[str, jax.Array], jax.Array], dict[str, jax.Array]]
@@ -52,8 +54,8 @@ class Task:
         """Prediction of the next character from those before it."""
         return cls(
             kind="text",
-            train={"tokens": _windows(dataset.train, 2 * context, stride=context)},
-            test={"tokens": _windows(dataset.test, context + 1, stride=context)},
+            train={"tokens": data.windows(dataset.train, 2 * context, stride=context)},
+            test={"tokens": data.windows(dataset.test, context + 1)},
             inputs=jax.ShapeDtypeStruct((context,), jnp.int32),
             classes=dataset.classes,
             normalise=None,
@@ -131,14 +133,3 @@ class Task:
         if cut is not None:
             batches = [{"tokens": batch["tokens"][:, :cut]} for batch in batches]
         return [self.examples(jax.tree.map(jnp.asarray, batch))[0] for batch in batches]
-
-
-def _windows(ids: np.ndarray, width: int, *, stride: int) -> np.ndarray:
-    """Cuts a text into windows of `width`, one every `stride` characters."""
-    if len(ids) < width:
-        raise ValueError(
-            f"a text of {len(ids)} characters has no window of {width}: "
-            "make `data.context` smaller or the text longer."
-        )
-    windows = np.lib.stride_tricks.sliding_window_view(ids, width)[::stride]
-    return np.ascontiguousarray(windows)
