@@ -9,6 +9,7 @@ from flax import linen
 from flax.linen.dtypes import promote_dtype
 
 from jopt.nn._lowering import by_platform
+from jopt.nn._pooling import max_pool
 
 Initializer = jax.nn.initializers.Initializer
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -78,6 +79,9 @@ class Conv(linen.Module):
       bias_init: initializer of the bias.
       dtype: what inputs and weights are cast to for the product; None for what they promote to.
       param_dtype: dtype of the parameters.
+      pool: window of a `max_pool` before the bias is added. Since max(y) + b = max(y + b), and
+        max(f(y)) = f(max(y)) for an f that never falls, such as ReLU, the values are those of
+        pooling last, with less to add, to activate and to keep for the derivative.
     """
 
     features: int
@@ -89,10 +93,11 @@ class Conv(linen.Module):
     bias_init: Initializer = jax.nn.initializers.zeros
     dtype: jax.typing.DTypeLike | None = None
     param_dtype: jax.typing.DTypeLike = jnp.float32
+    pool: int | tuple[int, int] = 1
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns `conv(x, kernel) + bias`."""
+        """Returns `max_pool(conv(x, kernel), pool) + bias`."""
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = None
@@ -100,6 +105,8 @@ class Conv(linen.Module):
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = conv(x, kernel, strides=self.strides, padding=self.padding)
+        if self.pool != 1:
+            y = max_pool(y, self.pool)
         return y if bias is None else y + jnp.reshape(bias, (1, 1, 1, -1))
 
 
@@ -148,7 +155,9 @@ def _by_slices(
     down = [shifted(strips, u, 1, rows).reshape(-1, 1, w * channels) for u in range(h)]
     patches = jnp.concatenate(down, axis=1).reshape(-1, h * w * channels)
     # Matrices, since XLA:CPU copies the operands of a product of more axes into an order of its
-    # own; and the kernel on the left, so that its derivative needs no transposed copy of the
-    # patches. Measured: half of the time of a training step, these and the strips together.
-    product = jax.lax.dot_general(kernel.reshape(-1, features), patches, (((0,), (1,)), ((), ())))
+    # own; and the kernel on the left and transposed, so that its derivative is computed as
+    # [out, h·w·in], in two thirds of the time of the other order. Without the barrier XLA would
+    # merge the transpositions and choose that other order.
+    flat = jax.lax.optimization_barrier(kernel.reshape(-1, features).T)
+    product = jax.lax.dot_general(flat, patches, (((1,), (1,)), ((), ())))
     return product.T.reshape(batch, rows, columns, features)

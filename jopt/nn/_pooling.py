@@ -62,10 +62,10 @@ def _by_reshape(x: jax.Array, *, window: tuple[int, int]) -> jax.Array:
 def _largest(windows: jax.Array) -> jax.Array:
     """The maximum over axes 2 and 4 of `[batch, rows, h, columns, w, channels]`.
 
-    JAX's own derivative would share it among equal values, which costs XLA:CPU more than the rest
-    of the pooling.
+    JAX's own derivative of a maximum would share it among equal values, which costs XLA:CPU more
+    than the rest of the pooling.
     """
-    return jnp.max(windows, axis=(2, 4))
+    return _largest_and_place(windows)[0]
 
 
 @_largest.defjvp
@@ -73,10 +73,34 @@ def _largest_jvp(
     primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     (windows,), (tangent,) = primals, tangents
-    largest = _largest(windows)
     h, w = windows.shape[2], windows.shape[4]
-    place = jnp.arange(h * w, dtype=jnp.int32).reshape(1, 1, h, 1, w, 1)
-    equal = windows == jnp.expand_dims(largest, (2, 4))
-    first = jnp.min(jnp.where(equal, place, h * w), axis=(2, 4), keepdims=True)
-    chosen = jnp.where(place == first, tangent, jnp.zeros((), tangent.dtype))
-    return largest, jnp.sum(chosen, axis=(2, 4))
+    largest, place = jax.lax.optimization_barrier(_largest_and_place(windows))
+    places = jnp.arange(h * w, dtype=place.dtype).reshape(1, 1, h, 1, w, 1)
+    # Barriers, since XLA:CPU would fuse what comes before and after into the selection and compute
+    # it once for each value of the window (transposed, they stand on both sides of it as well).
+    tangent = jax.lax.optimization_barrier(tangent)
+    chosen = jnp.where(places == jnp.expand_dims(place, (2, 4)), tangent, jnp.zeros_like(tangent))
+    return largest, jax.lax.optimization_barrier(jnp.sum(chosen, axis=(2, 4)))
+
+
+def _largest_and_place(windows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest value of each window and its place, counted row by row; of equals the first.
+
+    By comparisons from value to value, which XLA:CPU fuses and vectorizes; it does not so with
+    reductions over the window's axes.
+    """
+    h, w = windows.shape[2], windows.shape[4]
+    dtype = jnp.int8 if h * w <= 128 else jnp.int32
+    numbers = jnp.broadcast_to(jnp.arange(w, dtype=dtype)[:, None], windows.shape)
+    columns = [(windows[..., v, :], numbers[..., v, :]) for v in range(w)]
+    largest, place = functools.reduce(_larger, columns)
+    rows = [(largest[:, :, u], place[:, :, u] + jnp.array(u * w, dtype)) for u in range(h)]
+    return functools.reduce(_larger, rows)
+
+
+def _larger(
+    a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The larger of two values and its place, elementwise; of equals the first."""
+    (x, at), (y, to) = a, b
+    return jnp.maximum(x, y), jnp.where(y > x, to, at)

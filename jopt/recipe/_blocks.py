@@ -41,10 +41,21 @@ class Block(pydantic.BaseModel):
 # Data ------------------------------------------------------------------------------------------
 
 
+Validation = Annotated[
+    int,
+    Field(
+        ge=0,
+        description="training images to hold out and to report on instead of the test images: "
+        "to choose by",
+    ),
+]
+
+
 class Digits(Block):
     """The 1,797 handwritten digits that scikit-learn carries: 8 × 8 images, ten classes."""
 
     kind: Literal["digits"] = "digits"
+    validation: Validation = 0
 
 
 class Cifar10(Block):
@@ -54,6 +65,7 @@ class Cifar10(Block):
     train_examples: Count | None = Field(
         default=None, description="use only the first so many images"
     )
+    validation: Validation = 0
 
 
 class Text(Block):

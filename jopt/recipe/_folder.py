@@ -101,6 +101,9 @@ def write_text(path: pathlib.Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"could not write `{path}`: {reason}") from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -19,14 +19,19 @@ def task(config: schema.Data, data_dir: pathlib.Path | None) -> Task:
     """Loads the data set that a recipe names."""
     match config:
         case schema.Digits():
-            return Task.images(data.digits(), scale=None)
+            return Task.images(_held_out(data.digits(), config.validation), scale=None)
         case schema.Cifar10():
             dataset = data.cifar10(data_dir)
             if config.train_examples is not None:
                 dataset = dataset.take(config.train_examples)
+            dataset = _held_out(dataset, config.validation)
             return Task.images(dataset, scale=(data.CIFAR10_MEAN, data.CIFAR10_STD))
         case schema.Text():
             return Task.text(data.text(config.file, data_dir), context=config.context)
+
+
+def _held_out(dataset: data.Dataset, count: int) -> data.Dataset:
+    return dataset.hold_out(count) if count else dataset
 
 
 def module(config: schema.Model, task: Task) -> Any:

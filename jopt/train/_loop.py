@@ -48,8 +48,8 @@ def fit(
       feed: a `Feed`, or anything that gives batch `i` as `feed[i]`.
       steps: where to stop, counted from the first step of all.
       checkpoints: where to look for a later state than the one given, and to write new ones: from
-        time to time, at the end, and upon an interrupt (Ctrl-C, which waits for the running
-        chunk).
+        time to time, at the end, and upon an interrupt (Ctrl-C or SIGTERM, which wait for the
+        running chunk).
       log: receives the metrics of each step: the same lines whether the run was cut or not.
       progress: shows them.
       evaluate: `evaluate(state) -> numbers`, called after every `every` steps, for the log and the
@@ -83,7 +83,7 @@ def fit(
     if checkpoints is not None and (checkpoints.latest() or 0) > int(state.step):
         restored = checkpoints.restore(state, feed=feed)
         state = state if restored is None else restored.state
-    with _deferred_interrupt() as interrupted:
+    with _deferred_signals() as interrupted:
         try:
             run = _Run(step, feed, steps, checkpoints, evaluate, every, interrupted)
             return run(state, Record(int(state.step), steps, log, progress))
@@ -153,28 +153,32 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C was pressed; raises at the end if it was.
+def _deferred_signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether Ctrl-C or SIGTERM came; lets it act at the end.
 
     A step consumes its state, so an interrupt in its midst would leave nothing to save. A second
-    Ctrl-C interrupts at once.
+    one acts at once. Handlers that the caller has set are left alone.
     """
-    before = signal.getsignal(signal.SIGINT)
-    main = threading.current_thread() is threading.main_thread()
-    if not main or before is not signal.default_int_handler:
-        yield lambda: False
-        return
+    before = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
+    before = {number: old for number, old in before.items() if signal.getsignal(number) == old}
     seen: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         if seen:
-            signal.default_int_handler(number, frame)
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
         seen.append(number)
 
-    signal.signal(signal.SIGINT, note)
+    for number in before:
+        signal.signal(number, note)
     try:
         yield lambda: bool(seen)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in before.items():
+            signal.signal(number, old)
+        if signal.SIGTERM in seen:
+            signal.raise_signal(signal.SIGTERM)
     if seen:
         raise KeyboardInterrupt

@@ -52,6 +52,31 @@ def test_digits_are_split_alike_with_every_class_in_both():
     np.testing.assert_array_equal(test_x, again.test[0])
 
 
+@pytest.mark.parametrize("count", [1, 7, 30, 59])
+def test_hold_out_takes_its_share_of_every_class_from_training(count):
+    labels = np.repeat(np.arange(3, dtype=np.int32), [10, 20, 30])
+    images = np.arange(60, dtype=np.float32)[:, None]
+    dataset = data.Dataset((images, labels), (images[:2], labels[:2]), 3, ("a", "b", "c"), "made")
+    held = dataset.hold_out(count)
+    assert len(held.test[0]) == count and held.info.startswith("made; ")
+    both = np.concatenate([held.train[0], held.test[0]])
+    np.testing.assert_array_equal(np.sort(both, axis=0), images)  # nothing twice, nothing lost
+    np.testing.assert_array_equal(held.test[1], labels[held.test[0][:, 0].astype(int)])
+    shares = np.bincount(held.test[1], minlength=3)
+    assert np.all(np.abs(shares - count * np.array([1, 2, 3]) / 6) <= 1)
+    np.testing.assert_array_equal(held.test[0], dataset.hold_out(count).test[0])
+
+
+def test_hold_out_of_text_is_its_end_and_mistakes_are_told():
+    dataset = data.Dataset(np.arange(10), np.arange(3), 10, tuple("abcdefghij"), "made")
+    held = dataset.hold_out(4)
+    np.testing.assert_array_equal(held.train, np.arange(6))
+    np.testing.assert_array_equal(held.test, np.arange(6, 10))
+    for count in (0, 10):
+        with pytest.raises(ValueError, match=rf"`hold_out\({count}\)` expects from 1 to 9 of"):
+            dataset.hold_out(count)
+
+
 def test_cifar10_reads_folder_and_archive_alike(tmp_path, small_files):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

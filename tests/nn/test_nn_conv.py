@@ -201,3 +201,23 @@ def test_conv_module_without_bias_and_in_bfloat16(key):
     assert list(variables["params"]) == ["kernel"]
     assert variables["params"]["kernel"].dtype == jnp.float32
     assert layer.apply(variables, x).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("pool", [2, (1, 2), (2, 1)])
+def test_conv_module_that_pools_before_the_bias_equals_pooling_last(key, pool):
+    x = jax.random.normal(key, (2, 6, 8, 3))
+    whole = nn.Conv(5, bias_init=jax.nn.initializers.normal(1.0))
+    variables = whole.init(key, x)
+
+    def last(variables):
+        return nn.max_pool(jax.nn.relu(whole.apply(variables, x)), pool)
+
+    def early(variables):
+        return jax.nn.relu(nn.Conv(5, pool=pool).apply(variables, x))
+
+    np.testing.assert_array_equal(jax.jit(early)(variables), jax.jit(last)(variables))
+    slopes = [
+        jax.jit(jax.grad(lambda v, f=f: jnp.sum(f(v) ** 2)))(variables) for f in (early, last)
+    ]
+    for ours, theirs in zip(*map(jax.tree.leaves, slopes), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)

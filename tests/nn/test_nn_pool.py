@@ -11,7 +11,10 @@ from jax import export
 from jopt import nn
 from jopt.nn import _pooling
 
-CASES = [((8, 8), 2), ((7, 9), 2), ((9, 7), 3), ((6, 8), (3, 2)), ((5, 5), (1, 2)), ((4, 4), 4)]
+CASES = [
+    *[((8, 8), 2), ((7, 9), 2), ((9, 7), 3), ((6, 8), (3, 2)), ((5, 5), (1, 2)), ((5, 5), (2, 1))],
+    *[((4, 4), 4), ((13, 12), 12)],
+]
 
 
 def images(size, dtype=np.float32):

@@ -1,9 +1,12 @@
 """A whole run on real digits: what it leaves behind, and that killing it changes nothing."""
 
+import functools
 import json
 import os
 import pathlib
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -139,18 +142,30 @@ def test_killed_and_resumed_ends_with_the_same_bits(whole, path, tmp_path, attem
         _kill_during(command, _environment(path), tmp_path, stage, generator.uniform(0.0, 2.5))
     done = subprocess.run(command, env=_environment(path), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("artifact/weights.safetensors", "artifact/model.stablehlo"):
-        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
-    for log in sorted(whole.glob("stages/*/metrics.jsonl")):
-        assert (tmp_path / log.relative_to(whole)).read_text() == log.read_text(), log
-    records = [
-        json.loads((folder / "run.json").read_text())["stages"] for folder in (whole, tmp_path)
-    ]
-    for stage in records[0].values():
-        del stage["seconds"]
-    for stage in records[1].values():
-        del stage["seconds"]
-    assert records[0] == records[1]
+    _assert_same(whole, tmp_path)
+
+
+def test_a_disk_that_is_full_loses_nothing(whole, path, tmp_path):
+    # A limit on the size of a file stands in for the disk: writes beyond it fail like those on a
+    # full one. Under larger and larger limits the run gets further and further.
+    command = [*_command(path, tmp_path), "--resume"]
+    for limit, words in [
+        (500, r"could not write `\S*run\.json`: File too large"),
+        (10_000, r"the checkpoint of step 132 was not written to `\S*checkpoints`: File too large"),
+        (40_000, r"could not write the report's `\S*`: File too large"),
+    ]:
+        limited = subprocess.run(
+            command,
+            env=_environment(path),
+            capture_output=True,
+            text=True,
+            preexec_fn=functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)),
+        )
+        assert limited.returncode == 1
+        assert re.search(words, limited.stderr.replace("\n", "")), limited.stderr
+    done = subprocess.run(command, env=_environment(path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _assert_same(whole, tmp_path)
 
 
 def test_a_folder_that_is_taken(whole, path, tmp_path):
@@ -252,6 +267,19 @@ def test_pruning_twice_keeps_what_was_pruned(path, tmp_path):
     assert share == pytest.approx(0.2, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("by", "code", "words"),
+    [(signal.SIGINT, 130, "saved. Add `--resume`"), (signal.SIGTERM, -signal.SIGTERM, "")],
+)
+def test_an_interrupted_run_saves_where_it_is(path, tmp_path, by, code, words):
+    # So long that only a checkpoint written because of the signal can be there.
+    command = [*_command(path, tmp_path), "--set", "stages.teacher.epochs=3000"]
+    ended, said = _kill_during(command, _environment(path), tmp_path, 1, 4.0, by)
+    assert ended == code and words in said
+    kept = [p for p in (tmp_path / "stages" / "1-teacher" / "checkpoints").iterdir() if p.is_dir()]
+    assert kept and json.loads((tmp_path / "run.json").read_text())["stages"] == {}
+
+
 def test_a_lost_artifact_is_written_again(whole, path, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -271,17 +299,33 @@ def test_the_demo_keeps_its_promises(tmp_path):
     assert rows["int8"].bytes <= rows["teacher"].bytes / 40
 
 
-def _kill_during(command, environment, out: pathlib.Path, stage: int, delay: float) -> None:
-    """Starts a run and kills it so many seconds after it has begun with the stage."""
+def _assert_same(whole: pathlib.Path, out: pathlib.Path) -> None:
+    """That two runs ended with the same bits, and recorded the same."""
+    for name in ("artifact/weights.safetensors", "artifact/model.stablehlo"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    for log in sorted(whole.glob("stages/*/metrics.jsonl")):
+        assert (out / log.relative_to(whole)).read_text() == log.read_text(), log
+    records = [json.loads((folder / "run.json").read_text())["stages"] for folder in (whole, out)]
+    for record in records:
+        for stage in record.values():
+            del stage["seconds"]
+    assert records[0] == records[1]
+
+
+def _kill_during(
+    command, environment, out: pathlib.Path, stage: int, delay: float, by=signal.SIGKILL
+) -> tuple[int, str]:
+    """Starts a run and signals it so many seconds after it has begun with the stage."""
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     while process.poll() is None and not any(out.glob(f"stages/{stage}-*")):
         time.sleep(0.02)
     assert process.poll() is None, f"it ended before stage {stage}, by {process.returncode}"
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)  # to a process that has ended it does nothing
-    process.wait()
+    process.send_signal(by)  # to a process that has ended it does nothing
+    said = process.communicate()[1]
+    return process.returncode, said
 
 
 def _command(path: pathlib.Path, out: pathlib.Path) -> list[str]:
