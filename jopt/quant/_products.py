@@ -94,6 +94,7 @@ def _product(
         )
     format = leaf.activation
     if format is None or not jnp.issubdtype(x.dtype, jnp.floating):
+        call.say("a float product of the dequantized weight: its activation has no format")
         return dense(x, leaf.materialise())
     _check_calibrated(call.path, leaf)
     if leaf.range is not None and any(place(end) is None for end in leaf.range):
@@ -102,8 +103,10 @@ def _product(
     def simulate(x: jax.Array, leaf: WeightLeaf) -> jax.Array:
         return dense(_rounded(x, leaf, place), leaf.materialise())
 
-    if not _on_integers(leaf, contract):
+    if why := _not_on_integers(leaf, contract):
+        call.say(f"a float product of dequantized values: {why}")
         return simulate(x, leaf)
+    call.say("a product of integers")
 
     @jax.custom_jvp
     def product(x: jax.Array, leaf: QArray) -> jax.Array:
@@ -127,14 +130,19 @@ def _check_calibrated(path: str, leaf: WeightLeaf) -> None:
         )
 
 
-def _on_integers(leaf: WeightLeaf, contract: Sequence[int] | None) -> bool:
-    if not isinstance(leaf, QArray) or contract is None:
-        return False
+def _not_on_integers(leaf: WeightLeaf, contract: Sequence[int] | None) -> str:
+    """Why a product cannot be computed on integers; empty if it can."""
+    if not isinstance(leaf, QArray):
+        return "it is being trained"
+    if contract is None:
+        return "`batch_group_count` is not 1"
     if not (isinstance(leaf.format, Int) and isinstance(leaf.activation, Int)):
-        return False
+        return f"{leaf.format} or {leaf.activation} has no integer codes"
+    if not shared_along(leaf.scale, contract):
+        return "the weight's scale differs along a summed axis, as that of groups does"
     terms = math.prod(leaf.codes.shape[axis] for axis in contract)
     largest = (leaf.format.high - leaf.format.low) * (leaf.activation.high - leaf.activation.low)
-    return shared_along(leaf.scale, contract) and terms * largest < 2**31
+    return "" if terms * largest < 2**31 else f"{terms} terms could overflow 32 bits"
 
 
 def _activation_grid(x: jax.Array, leaf: WeightLeaf, place: Place) -> Grid:

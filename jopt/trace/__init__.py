@@ -1,15 +1,17 @@
 """Any JAX function, traced and evaluated again: on typed leaves, with statistics, site by site."""
 
+from .frame import Met as Met
 from .leaf import Leaf as Leaf
 from .rules import rule as rule
 from .sites import Site as Site
 from .sites import Use as Use
 from .sites import flops as flops
 from .sites import sites as sites
-from .taps import Stat as Stat
-from .taps import merge as merge
+from .stats import Stat as Stat
+from .stats import merge as merge
 from .walk import Call as Call
 from .walk import collect as collect
+from .walk import explain as explain
 from .walk import lift as lift
 
 # Importing these registers what `lift` does with constructs that have bodies, and with operations

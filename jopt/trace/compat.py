@@ -104,6 +104,11 @@ def scope(name: str) -> contextlib.AbstractContextManager[Any]:
     return source_info_util.extend_name_stack(name)
 
 
+def current_scope() -> str:
+    """The name stack of what is being bound now."""
+    return str(source_info_util.current_name_stack())
+
+
 def name_of(equation: Equation) -> str:
     """The name stack of an equation, such as `MLP/Dense_0`, within its own jaxpr."""
     return str(equation.source_info.name_stack)

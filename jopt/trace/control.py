@@ -14,15 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from . import compat, taps
+from . import compat, stats
+from .frame import Frame, Tracked
 from .rules import structure
 from .through import placement
-from .walk import Frame, Tracked, dense, evaluate, materialised
+from .walk import dense, evaluate, materialised
 
 
 @structure(*compat.INLINE)
 def _inline(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
-    return evaluate(frame, compat.body_of(equation), operands)
+    return evaluate(frame.inline(equation), compat.body_of(equation), operands)
 
 
 @structure(compat.JIT)
@@ -31,10 +32,10 @@ def _jit(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
     name, options = equation.params["name"], compat.jit_options(equation)
     if not options:
         with compat.scope(f"jit({name})"):
-            return evaluate(frame, compat.body_of(equation), operands)
+            return evaluate(frame.inline(equation), compat.body_of(equation), operands)
 
     def body(*operands: Any) -> Any:
-        return _dense_outputs(frame.inner(), compat.body_of(equation), operands)
+        return _dense_outputs(frame.inner(equation), compat.body_of(equation), operands)
 
     if "in_shardings" in options:
         pairs = zip(operands, options["in_shardings"], strict=True)
@@ -58,7 +59,7 @@ def _remat(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
         # undo the recomputation; calling `jax.checkpoint` again would not set that one.
         behind = iter(jax.lax.optimization_barrier(list(itertools.compress(operands, barred))))
         inside = [next(behind) if b else x for b, x in zip(barred, operands, strict=True)]
-        return _dense_outputs(frame.inner(), compat.body_of(equation), inside)
+        return _dense_outputs(frame.inner(equation), compat.body_of(equation), inside)
 
     results, records = jax.checkpoint(body, prevent_cse=cse, policy=params["policy"])(*operands)
     _hand_over(frame, records)
@@ -79,18 +80,24 @@ def _scan(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
 
     def body(carry: Any, x: Any) -> Any:
         carry, kept = carry
-        results, records = _dense_outputs(frame.inner(), params["jaxpr"], [*constants, *carry, *x])
+        results, records = _dense_outputs(
+            frame.inner(equation, scans=1), params["jaxpr"], [*constants, *carry, *x]
+        )
         merged, stacked = _leaving(records)
-        kept = {name: taps.merged(name, kept[name], merged[name]) for name in kept}
+        kept = {name: stats.merged(name, kept[name], merged[name]) for name in kept}
         return (results[:carried], kept), (results[carried:], stacked)
 
     def first(init: Any, xs: Any) -> Any:
         x = jax.tree.map(lambda array: array[0], xs)
-        return _leaving(_dense_outputs(frame.inner(), params["jaxpr"], [*constants, *init, *x])[1])
+        return _leaving(
+            _dense_outputs(
+                frame.inner(equation, scans=1), params["jaxpr"], [*constants, *init, *x]
+            )[1]
+        )
 
     kept = {}
     if frame.recorder is not None and params["length"] > 0:
-        kept = taps.identity(jax.eval_shape(first, init, xs)[0])
+        kept = stats.identity(jax.eval_shape(first, init, xs)[0])
     (carry, kept), (ys, stacked) = jax.lax.scan(
         body,
         (init, kept),
@@ -116,16 +123,18 @@ def _while(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
         return materialised(values[0])
 
     def step(carry: Any) -> Any:
-        results, records = _dense_outputs(frame.inner(), params["body_jaxpr"], [*constants, *carry])
+        results, records = _dense_outputs(
+            frame.inner(equation), params["body_jaxpr"], [*constants, *carry]
+        )
         return results, _leaving(records)[0]
 
     def body(carry: Any) -> Any:
         results, records = step(carry[0])
-        return results, {n: taps.merged(n, carry[1][n], records[n]) for n in carry[1]}
+        return results, {n: stats.merged(n, carry[1][n], records[n]) for n in carry[1]}
 
     kept = {}
     if frame.recorder is not None:
-        kept = taps.identity(jax.eval_shape(step, init)[1])
+        kept = stats.identity(jax.eval_shape(step, init)[1])
     results, kept = jax.lax.while_loop(condition, body, (init, kept))
     _hand_over(frame, kept)
     return results
@@ -137,21 +146,21 @@ def _cond(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
     index, *operands = operands
     jaxprs = equation.params["branches"]
 
-    def plain(jaxpr: Any) -> Any:
-        return lambda *operands: _dense_outputs(frame.inner(), jaxpr, operands)
+    def plain(k: int) -> Any:
+        return lambda *operands: _dense_outputs(frame.inner(equation, k), jaxprs[k], operands)
 
-    branches, every = [plain(jaxpr) for jaxpr in jaxprs], {}
+    branches, every = [plain(k) for k in range(len(jaxprs))], {}
     if frame.recorder is not None:
         for branch in branches:
-            recorder = taps.Recorder()
+            recorder = stats.Recorder()
             recorder.extend(every)
-            recorder.extend(taps.identity(jax.eval_shape(branch, *operands)[1]))
+            recorder.extend(stats.identity(jax.eval_shape(branch, *operands)[1]))
             every = recorder.records
 
     def padded(branch: Any) -> Any:
         def run(*operands: Any) -> Any:
             results, records = branch(*operands)
-            return results, {**taps.identity(every), **records}
+            return results, {**stats.identity(every), **records}
 
         return run
 
@@ -174,7 +183,7 @@ def _custom_jvp(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[An
 
     @jax.custom_jvp
     def call(*operands: Any) -> Any:
-        return _dense_outputs(frame.inner(), equation.params["call_jaxpr"], operands)
+        return _dense_outputs(frame.inner(equation), equation.params["call_jaxpr"], operands)
 
     @call.defjvp
     def _(primals: Any, tangents: Any) -> Any:
@@ -213,7 +222,7 @@ def _dense_outputs(frame: Frame, jaxpr: Any, operands: Sequence[Any]) -> tuple[l
     return results, frame.records()
 
 
-def _hand_over(frame: Frame, records: dict[str, taps.Record]) -> None:
+def _hand_over(frame: Frame, records: dict[str, stats.Record]) -> None:
     if frame.recorder is not None:
         frame.recorder.extend(records)
 
@@ -224,12 +233,12 @@ def _entering(value: Any, *, sliced: bool) -> Any:
     return Tracked(value.leaf, value.path, (*value.stacked, sliced))
 
 
-def _leaving(records: dict[str, taps.Record]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _leaving(records: dict[str, stats.Record]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits a loop body's records into those to merge over iterations and those to stack."""
     merged, stacked = {}, {}
     for name, record in records.items():
         kind = stacked if record.stacked[-1] else merged
-        kind[name] = taps.Record(record.stat, record.stacked[:-1])
+        kind[name] = stats.Record(record.stat, record.stacked[:-1])
     return merged, stacked
 
 

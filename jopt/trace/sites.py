@@ -6,16 +6,16 @@ An analysis of shapes: nothing runs, and `jax.ShapeDtypeStruct`s will do for arr
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
 from jopt import trees
 
 from . import compat, origins
-from .leaf import aval_of
 from .origins import View
+from .program import program
+from .visit import Place, visit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,30 +90,9 @@ def sites(apply: Callable[..., Any], params: Any, *inputs: Any) -> tuple[Site, .
       >>> site.path, site.contracted, site.flops
       ('kernel', (-1,), 128)
     """
-    args = (params, *inputs)
-    flat, treedef = jax.tree_util.tree_flatten_with_path(args, is_leaf=trees.is_typed)
-    filled = [leaf for _, leaf in flat]
-    avals: dict[int, Any] = {}
-    for i, leaf in enumerate(filled):
-        if trees.is_typed(leaf):
-            avals[i] = aval_of(leaf)
-        elif compat.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
-            avals[i] = leaf
-
-    def flat_apply(*arrays: jax.Array) -> Any:
-        for i, array in zip(avals, arrays, strict=True):
-            filled[i] = array
-        return apply(*jax.tree.unflatten(treedef, filled))
-
-    jaxpr = jax.make_jaxpr(flat_apply)(*avals.values())
-    views = []
-    for i, aval in avals.items():
-        key, *rest = flat[i][0]
-        path = jax.tree_util.keystr(tuple(rest), simple=True, separator="/")
-        views.append(origins.parameter(path, aval) if key.idx == 0 else origins.NOTHING)
-    found: list[Site] = []
-    _visit(jaxpr, views, _Place(), found)
-    return tuple(found)
+    collected = _Sites()
+    visit(program(apply, (params, *inputs)), collected)
+    return tuple(collected.found)
 
 
 def flops(apply: Callable[..., Any], params: Any, *inputs: Any) -> int:
@@ -121,63 +100,28 @@ def flops(apply: Callable[..., Any], params: Any, *inputs: Any) -> int:
     return sum(site.total for site in sites(apply, params, *inputs))
 
 
-class _Place(NamedTuple):
-    """Where in the program a body runs."""
+class _Sites:
+    """Collects them while a program is visited."""
 
-    name: str = ""
-    trips: int = 1
-    exact: bool = True
+    def __init__(self) -> None:
+        self.found: list[Site] = []
 
+    def equation(self, equation: Any, operands: Sequence[View], place: Place) -> None:
+        if equation.primitive.name in _COSTS:
+            self.found.append(_site(equation, operands, place))
 
-def _visit(jaxpr: Any, views: Sequence[View], place: _Place, found: list[Site]) -> list[View]:
-    """Lists the sites of a body in `found`; returns the views of its results."""
-    jaxpr, constants = compat.opened(jaxpr)
-    known = dict(zip(jaxpr.constvars, [origins.CONSTANT] * len(constants), strict=False))
-    known.update(zip(jaxpr.invars, views, strict=True))
-
-    def read(atom: Any) -> View:
-        return origins.CONSTANT if isinstance(atom, compat.Literal) else known[atom]
-
-    live = _live(jaxpr)
-    for equation, wanted in zip(jaxpr.eqns, live, strict=True):
-        operands = [read(v) for v in equation.invars]
-        if not wanted:
-            results = [origins.NOTHING] * len(equation.outvars)
-        elif equation.primitive.name in _COSTS:
-            found.append(_site(equation, operands, place))
-            results = origins.follow(equation, operands)
-        elif equation.primitive.name in _BODIES:
-            inner = place._replace(name=_name(place, equation))
-            results = _BODIES[equation.primitive.name](equation, operands, inner, found)
-        else:
-            results = origins.follow(equation, operands)
-        known.update(zip(equation.outvars, results, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+    def body(self, jaxpr: Any, known: dict[Any, View], place: Place) -> None:
+        pass
 
 
-def _live(jaxpr: Any) -> list[bool]:
-    """Whether each equation's results are used; XLA drops the others."""
-    needed = {v for v in jaxpr.outvars if not isinstance(v, compat.Literal)}
-    live = []
-    for equation in reversed(jaxpr.eqns):
-        live.append(bool(equation.effects) or any(v in needed for v in equation.outvars))
-        if live[-1]:
-            needed.update(v for v in equation.invars if not isinstance(v, compat.Literal))
-    return live[::-1]
-
-
-def _name(place: _Place, equation: Any) -> str:
-    return "/".join(part for part in (place.name, compat.name_of(equation)) if part)
-
-
-def _site(equation: Any, views: Sequence[View], place: _Place) -> Site:
+def _site(equation: Any, views: Sequence[View], place: Place) -> Site:
     avals = [v.aval for v in (*equation.invars, *equation.outvars)]
     operation = equation.primitive.name
     cost, summed = _COSTS[operation]
     fed = [(i, origin) for i in (1, 0) for origin in views[i].origins]
     fed.sort(key=lambda pair: (pair[1].indexed, -pair[1].bits))  # the weight first
     return Site(
-        name=_name(place, equation),
+        name=place.of(equation),
         operation=operation,
         uses=tuple(
             Use(o.path, i, origins.contracted(o.axes, summed(equation)[i]), o.indexed)
@@ -234,60 +178,4 @@ def _conv_summed(equation: Any) -> tuple[Sequence[int] | None, ...]:
 _COSTS = {
     "dot_general": (_dot_cost, _dot_summed),
     "conv_general_dilated": (_conv_cost, _conv_summed),
-}
-
-# Constructs with bodies.
-
-
-def _visit_call(equation: Any, views: Sequence[View], place: _Place, found: list) -> list[View]:
-    return _visit(compat.body_of(equation), views, place, found)
-
-
-def _visit_scan(equation: Any, views: Sequence[View], place: _Place, found: list) -> list[View]:
-    split, carried = compat.scan_counts(equation)
-    inside = [*views[:split], *[origins.NOTHING] * carried]
-    inside += [origins.sliced(view) for view in views[split + carried :]]
-    place = place._replace(trips=place.trips * equation.params["length"])
-    _visit(equation.params["jaxpr"], inside, place, found)
-    return [origins.NOTHING] * len(equation.outvars)
-
-
-def _visit_while(equation: Any, views: Sequence[View], place: _Place, found: list) -> list[View]:
-    params = equation.params
-    first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-    carry = [origins.NOTHING] * len(views[second:])
-    place = place._replace(exact=False)
-    _visit(params["cond_jaxpr"], [*views[:first], *carry], place, found)
-    _visit(params["body_jaxpr"], [*views[first:second], *carry], place, found)
-    return [origins.NOTHING] * len(equation.outvars)
-
-
-def _visit_cond(equation: Any, views: Sequence[View], place: _Place, found: list) -> list[View]:
-    bodies = compat.branches_on(equation, jax.default_backend())
-    place = place._replace(exact=place.exact and len(bodies) == 1)
-    branches = [_visit(branch, views[1:], place, found) for branch in bodies]
-    constant = views[0].constant
-    return [
-        view._replace(constant=view.constant and constant)
-        for view in map(origins.joined, zip(*branches, strict=True))
-    ]
-
-
-def _visit_shards(equation: Any, views: Sequence[View], place: _Place, found: list) -> list[View]:
-    body = compat.body_of(equation)
-    place = place._replace(trips=place.trips * compat.shard_count(equation))
-    inside = [
-        origins.resized(view, variable.aval.shape)
-        for view, variable in zip(views, body.invars, strict=True)
-    ]
-    _visit(body, inside, place, found)
-    return [origins.NOTHING] * len(equation.outvars)
-
-
-_BODIES: dict[str, Callable[..., list[View]]] = {
-    **{primitive.name: _visit_call for primitive in compat.CALLS},
-    compat.SCAN.name: _visit_scan,
-    compat.WHILE.name: _visit_while,
-    compat.COND.name: _visit_cond,
-    "shard_map": _visit_shards,
 }

@@ -10,9 +10,10 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import compat
+from .frame import Frame, Tracked
 from .leaf import aval_of
 from .rules import structure
-from .walk import Frame, Tracked, dense
+from .walk import dense
 
 
 @structure(*compat.MARKS)

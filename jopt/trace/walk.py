@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jopt import trees
 
 from . import compat, rules
+from .frame import Frame, Met, Tracked
 from .leaf import aval_of
-from .taps import Record, Recorder
+from .program import is_array, program
+from .stats import Record, Recorder, Stat
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -98,14 +100,51 @@ def collect(
     return collected
 
 
+def explain(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Met, ...]:
+    """Tells what becomes of each typed leaf: which operations it meets, and how they compute.
+
+    Nothing is computed; arrays may be `jax.ShapeDtypeStruct`s. A leaf that an operation would
+    materialise is listed as `dense` with the reason, where `lift` would raise. An operation with a
+    body is not listed, only what is inside; one inside a loop is listed once.
+
+    Args:
+      apply: any JAX function, not lifted.
+      *args: its arguments, typed leaves among them.
+      **kwargs: likewise.
+
+    Returns:
+      A tuple of `Met`, in the order of the function.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jopt import quant, trace
+      >>> kernel = quant.quantize(jnp.ones((4, 2)), quant.Int(8))
+      >>> [(met.operation, met.dense) for met in trace.explain(lambda w: w.T * 2, kernel)]
+      [('transpose', False), ('mul', True)]
+    """
+    met: dict[Any, Met] = {}
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = [i for i, x in enumerate(leaves) if is_array(x)]
+
+    def abstract(*values: Any) -> Any:
+        for i, value in zip(arrays, values, strict=True):
+            leaves[i] = value
+        args, kwargs = jax.tree.unflatten(structure, leaves)
+        return _call(apply, Frame(True, met=met), args, kwargs)
+
+    jax.eval_shape(abstract, *(leaves[i] for i in arrays))
+    return tuple(met.values())
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """An operation that met a typed leaf, as its rule sees it."""
 
     equation: Any
-    frame: "Frame"
+    frame: Frame
     path: str  # of the leaf whose rule runs, within its argument, such as `params/Dense_0/kernel`
     stacked: tuple[bool, ...]  # for each enclosing scan: does it slice the leaf?
+    said: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def primitive(self) -> Any:
@@ -136,6 +175,10 @@ class Call:
             results = compat.bind(self.equation, operands)
         return results if self.primitive.multiple_results else results[0]
 
+    def say(self, how: str) -> None:
+        """Says how the rule computes, for `explain`: on integers, say, or why not on them."""
+        self.said.append(how)
+
     def record(self, name: str, stat: Any) -> None:
         """Hands a statistic, a pytree of `Stat`, to `collect`; under plain `lift` does nothing."""
         if self.frame.recorder is not None:
@@ -143,46 +186,6 @@ class Call:
 
 
 # The walk: what `control` and `through` build on.
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["leaf"], meta_fields=["path", "stacked"]
-)
-@dataclasses.dataclass(frozen=True)
-class Tracked:
-    """A typed leaf on its way through a function, with where it came from.
-
-    It is a pytree, so it passes through `scan`, `cond` and `checkpoint` as an operand and comes out
-    inside the body with its arrays sliced and its origin intact.
-    """
-
-    leaf: Any
-    path: str
-    stacked: tuple[bool, ...] = ()
-
-    def materialise(self) -> jax.Array:
-        """The array that the leaf stands for."""
-        return self.leaf.materialise()
-
-
-@dataclasses.dataclass(frozen=True)
-class Frame:
-    """How one body is evaluated."""
-
-    allow_dense: bool
-    recorder: Recorder | None = None
-
-    def inner(self) -> "Frame":
-        """The frame of a nested body, which records on its own."""
-        return Frame(self.allow_dense, None if self.recorder is None else Recorder())
-
-    def silent(self) -> "Frame":
-        """The same, recording nothing."""
-        return Frame(self.allow_dense)
-
-    def records(self) -> dict[str, Record]:
-        """What has been recorded in this frame."""
-        return {} if self.recorder is None else self.recorder.records
 
 
 def evaluate(frame: Frame, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
@@ -194,6 +197,7 @@ def evaluate(frame: Frame, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *operands], strict=True))
     tracked = {variable for variable, value in values.items() if isinstance(value, Tracked)}
     last_use = _last_use(jaxpr)
+    last_use.update((variable, len(jaxpr.eqns)) for _, variable in frame.plan.points)
     waiting: list[Any] = []
 
     def flush(position: int) -> None:
@@ -207,7 +211,8 @@ def evaluate(frame: Frame, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
         return atom.val if isinstance(atom, compat.Literal) else values[atom]
 
     for position, equation in enumerate(jaxpr.eqns):
-        if not any(not isinstance(v, compat.Literal) and v in tracked for v in equation.invars):
+        met = any(not isinstance(v, compat.Literal) and v in tracked for v in equation.invars)
+        if not met and not frame.plan.enters(equation):
             waiting.append(equation)
             continue
         flush(position)
@@ -217,6 +222,10 @@ def evaluate(frame: Frame, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
             if isinstance(value, Tracked):
                 tracked.add(variable)
     flush(len(jaxpr.eqns))
+    if frame.recorder is not None:
+        for name, variable in frame.plan.points:
+            stat = Stat(materialised(values[variable]), "once")
+            frame.recorder.add(name, Record(stat, (True,) * frame.scans))
     return [read(v) for v in jaxpr.outvars]
 
 
@@ -230,9 +239,11 @@ def _answer(frame: Frame, equation: Any, operands: Sequence[Any], *, check: bool
     """By rule, or as a construct, or on materialised leaves."""
     raw = [_leaf(x) for x in operands]
     for function, origin in _candidates(equation.primitive, operands):
-        result = function(Call(equation, frame, origin.path, origin.stacked), *raw)
+        call = Call(equation, frame, origin.path, origin.stacked)
+        result = function(call, *raw)
         if result is NotImplemented:
             continue
+        frame.note(equation, origin, False, "; ".join(call.said) or f"rule `{_name(function)}`")
         results = list(result) if equation.primitive.multiple_results else [result]
         if check:
             _check(equation, function, results)
@@ -251,6 +262,8 @@ def dense(frame: Frame, equation: Any, operands: Sequence[Any], why: str = "") -
             frame.allow_dense or getattr(x.leaf, "always_dense", False)
         ):
             raise ValueError(_refusal(equation, x, why))
+        if isinstance(x, Tracked):
+            frame.note(equation, x, True, _reason(equation, x, why))
     return compat.bind(equation, [materialised(x) for x in operands])
 
 
@@ -263,32 +276,14 @@ def materialised(value: Any) -> Any:
 
 
 def _call(apply: Callable[..., T], frame: Frame, args: Any, kwargs: Any) -> T:
-    flat, structure_in = jax.tree_util.tree_flatten_with_path(
-        (args, kwargs), is_leaf=trees.is_typed
-    )
-    leaves = [leaf for _, leaf in flat]
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=trees.is_typed)
     if not any(trees.is_typed(leaf) for leaf in leaves):
         return apply(*args, **kwargs)
-    dynamic = [i for i, x in enumerate(leaves) if trees.is_typed(x) or compat.is_array(x)]
-
-    def flat_apply(*arrays: jax.Array) -> Any:
-        filled = list(leaves)
-        for i, array in zip(dynamic, arrays, strict=True):
-            filled[i] = array
-        args, kwargs = jax.tree.unflatten(structure_in, filled)
-        return apply(*args, **kwargs)
-
-    avals = [aval_of(leaves[i]) if trees.is_typed(leaves[i]) else leaves[i] for i in dynamic]
-    jaxpr, out = jax.make_jaxpr(flat_apply, return_shape=True)(*avals)
-    operands = [
-        Tracked(leaves[i], jax.tree_util.keystr(flat[i][0][2:], simple=True, separator="/"))
-        if trees.is_typed(leaves[i])
-        else leaves[i]
-        for i in dynamic
-    ]
-    results = [materialised(x) for x in evaluate(frame, jaxpr, operands)]
+    traced = program(apply, args, kwargs)
+    operands = [Tracked(o.value, o.path) if o.typed else o.value for o in traced.operands]
+    results = [materialised(x) for x in evaluate(frame, traced.jaxpr, operands)]
     results = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in results]
-    return jax.tree.unflatten(jax.tree.structure(out), results)
+    return traced.results(results)
 
 
 def _last_use(jaxpr: Any) -> dict[Any, int]:
@@ -334,12 +329,23 @@ def _check(equation: Any, function: rules.Rule, results: Sequence[Any]) -> None:
 def _refusal(equation: Any, tracked: Tracked, why: str) -> str:
     kind = type(tracked.leaf).__name__
     where = f"`{tracked.path}`" if tracked.path else "an argument"
-    reason = why or f"`{equation.primitive}` has no rule for `{kind}`"
-    if not why and (asked := _candidates(equation.primitive, [tracked])):
-        names = ", ".join(f"`{function.__qualname__}`" for function, _ in asked)
-        reason = f"the rule {names} for `{equation.primitive}` cannot serve these operands"
+    reason = _reason(equation, tracked, why)
     return (
         f"`lift(apply)` would make {where} dense: {reason} ({compat.source_of(equation)}).\n"
         f"Pass `lift(apply, allow_dense=True)` to allow it, register a rule with "
         f"`jopt.trace.rule({equation.primitive}_p, {kind})`, or keep this weight an array."
     )
+
+
+def _reason(equation: Any, tracked: Tracked, why: str) -> str:
+    """Why an operation needs the leaf as an array."""
+    if why:
+        return why
+    if asked := _candidates(equation.primitive, [tracked]):
+        names = ", ".join(f"`{_name(function)}`" for function, _ in asked)
+        return f"the rule {names} for `{equation.primitive}` cannot serve these operands"
+    return f"`{equation.primitive}` has no rule for `{type(tracked.leaf).__name__}`"
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return function.__qualname__

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from . import compat
 
-Merge = Literal["min", "max", "sum"]
+Merge = Literal["min", "max", "sum", "once"]  # once: the value of a tap, which nothing joins
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["merge"])
@@ -99,7 +99,7 @@ def identity(records: dict[str, Record]) -> dict[str, Record]:
 
 
 def _neutral(like: Any, how: Merge) -> jax.Array:
-    if how == "sum":
+    if how in ("sum", "once"):
         value: Any = 0
     elif jnp.issubdtype(like.dtype, jnp.inexact):
         value = jnp.inf if how == "min" else -jnp.inf
@@ -123,6 +123,8 @@ def _merge_stat(one: Stat, other: Stat) -> Stat:
             f"Two statistics to be merged by {one.merge} have shapes {one.value.shape} and "
             f"{other.value.shape}. A statistic keeps its shape from use to use and batch to batch."
         )
+    if one.merge == "once":
+        return one
     operation = {"min": jnp.minimum, "max": jnp.maximum, "sum": jnp.add}[one.merge]
     return Stat(operation(one.value, other.value), one.merge)
 
