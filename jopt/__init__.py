@@ -1,9 +1,9 @@
 """jopt: model optimization for JAX, as pure functions over the model you already have.
 
-`jopt.lift`, `jopt.sites` and `jopt.size` act on any function and its parameters; `jopt.prune`,
-`jopt.quant`, `jopt.distill` and `jopt.schedules` make the pieces of a train step. The rooms above
-them (`jopt.nn`, `jopt.data`, `jopt.train`, `jopt.artifact`, `jopt.report`, `jopt.recipe`) load when
-first used.
+`jopt.lift`, `jopt.sites`, `jopt.taps` and `jopt.size` act on any function and its parameters;
+`jopt.prune`, `jopt.quant`, `jopt.distill` and `jopt.schedules` make the pieces of a train step. The
+rooms above them (`jopt.nn`, `jopt.data`, `jopt.train`, `jopt.artifact`, `jopt.report`,
+`jopt.recipe`) load when first used.
 """
 
 import importlib
@@ -17,6 +17,7 @@ from jopt import trace as trace
 from jopt import trees as trees
 from jopt.trace import lift as lift
 from jopt.trace import sites as sites
+from jopt.trace import taps as taps
 from jopt.trees import size as size
 
 __version__ = "0.1.0"

@@ -1,5 +1,9 @@
 """Any JAX function, traced and evaluated again: on typed leaves, with statistics, site by site."""
 
+from .axes import Along as Along
+from .axes import axes as axes
+from .constants import Constant as Constant
+from .constants import constants as constants
 from .frame import Met as Met
 from .leaf import Leaf as Leaf
 from .rules import rule as rule
@@ -9,6 +13,9 @@ from .sites import flops as flops
 from .sites import sites as sites
 from .stats import Stat as Stat
 from .stats import merge as merge
+from .taps import Tap as Tap
+from .taps import tappable as tappable
+from .taps import taps as taps
 from .walk import Call as Call
 from .walk import collect as collect
 from .walk import explain as explain

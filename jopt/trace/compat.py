@@ -27,7 +27,8 @@ CUSTOM_JVP, CUSTOM_VJP = primitives.custom_jvp_call_p, primitives.custom_vjp_cal
 SCAN, WHILE, COND = primitives.scan_p, primitives.while_p, primitives.cond_p
 INLINE = (primitives.call_p, primitives.closed_call_p)
 CALLS = (JIT, REMAT, CUSTOM_JVP, CUSTOM_VJP, *INLINE)  # one body, run once, on the operands
-MARKS = (primitives.name_p, primitives.copy_p, pvary_p)  # one operand, value unchanged
+NAME = primitives.name_p
+MARKS = (NAME, primitives.copy_p, pvary_p)  # one operand, value unchanged
 STOP_GRADIENT, BARRIER = primitives.stop_gradient_p, optimization_barrier_p
 SHARDING_CONSTRAINT = primitives.sharding_constraint_p
 
@@ -44,6 +45,14 @@ def body_of(equation: Equation) -> Jaxpr:
     """The body of an equation that runs one, once."""
     params = equation.params
     return params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
+
+
+def bodies(equation: Equation) -> Iterator[Jaxpr]:
+    """Every jaxpr among the parameters of an equation, whatever the primitive."""
+    for value in equation.params.values():
+        for inner in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield inner
 
 
 def constant(value: Any, like: Any) -> jax.Array:

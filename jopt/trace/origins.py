@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from jopt import trees
 
+from .axes import Along, axes_of
+
 
 class Part(NamedTuple):
     """A factor of an axis: a stretch of one axis of the parameter, or none of it (broadcast)."""
@@ -85,10 +87,13 @@ def follow(equation: Any, views: Sequence[View]) -> list[View]:
     name = equation.primitive.name
     if name in _IDENTITIES:
         return list(views[: len(equation.outvars)])
-    if name in _LAYOUTS:
-        view = _LAYOUTS[name](equation, views)
-        return [view._replace(constant=all(v.constant for v in views))]
     constant = all(view.constant for view in views)
+    if name in _LAYOUTS:
+        return [_LAYOUTS[name](equation, views)._replace(constant=constant)]
+    if name in _PARTS:
+        return [view._replace(constant=constant) for view in _PARTS[name](equation, views[0])]
+    if (known := axes_of(equation)) is not None and constant:
+        return [_along(equation, views, known, k) for k in range(len(equation.outvars))]
     if name in _ELEMENTWISE and constant:
         return [joined([v for v in views if v.origins] or [CONSTANT])]
     return [CONSTANT if constant else NOTHING for _ in equation.outvars]
@@ -181,6 +186,46 @@ def _concatenate(equation: Any, views: Sequence[View]) -> View:
     return joined([resized(view, shape) for view in views])
 
 
+def _stack(equation: Any, views: Sequence[View]) -> View:
+    axis = equation.params["axis"]
+    alone = (Part(None, len(views)),)
+    return joined(views).map(lambda axes: (*axes[:axis], alone, *axes[axis:]))
+
+
+def _tile(equation: Any, views: Sequence[View]) -> View:
+    times = [(Part(None, n),) if n != 1 else () for n in equation.params["reps"]]
+    return views[0].map(
+        lambda axes: tuple((*new, *parts) for new, parts in zip(times, axes, strict=True))
+    )
+
+
+def _split(equation: Any, view: View) -> list[View]:
+    return [resized(view, variable.aval.shape) for variable in equation.outvars]
+
+
+def _unstack(equation: Any, view: View) -> list[View]:
+    axis = equation.params["axis"]
+    part = view.map(lambda axes: (*axes[:axis], *axes[axis + 1 :]))
+    return [part] * len(equation.outvars)
+
+
+def _along(equation: Any, views: Sequence[View], known: Along, k: int) -> View:
+    """The view of a result whose axes run along those of the operands."""
+    shape, found = equation.outvars[k].aval.shape, []
+    for operand, view in enumerate(views):
+        for origin in view.origins:
+            axes = (
+                None
+                if origin.axes is None
+                else tuple(
+                    next((origin.axes[a] for o, a in sources if o == operand), (Part(None, size),))
+                    for sources, size in zip(known.results[k], shape, strict=True)
+                )
+            )
+            found.append(origin._replace(axes=axes))
+    return View(tuple(found), True)
+
+
 def _gather(equation: Any, views: Sequence[View]) -> View:
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     shape = equation.outvars[0].aval.shape
@@ -212,7 +257,11 @@ _LAYOUTS: dict[str, Callable[[Any, Sequence[View]], View]] = {
     "broadcast_in_dim": _broadcast,
     "concatenate": _concatenate,
     "gather": _gather,
+    "stack": _stack,
+    "tile": _tile,
 }
+
+_PARTS: dict[str, Callable[[Any, View], list[View]]] = {"split": _split, "unstack": _unstack}
 
 _IDENTITIES = {
     *("convert_element_type", "copy", "copy_p", "device_put", "name", "optimization_barrier"),

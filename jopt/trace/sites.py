@@ -6,13 +6,15 @@ An analysis of shapes: nothing runs, and `jax.ShapeDtypeStruct`s will do for arr
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jopt import trees
 
 from . import compat, origins
+from .axes import axes_of
+from .constants import warn_of
 from .origins import View
 from .program import program
 from .visit import Place, visit
@@ -30,7 +32,7 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One `dot_general` or `conv_general_dilated` of a function.
+    """One `dot_general`, `conv_general_dilated`, or operation with an `axes` rule that sums.
 
     Axes of the weight count from the end, so they hold for one layer and for stacked layers alike.
     """
@@ -90,8 +92,9 @@ def sites(apply: Callable[..., Any], params: Any, *inputs: Any) -> tuple[Site, .
       >>> site.path, site.contracted, site.flops
       ('kernel', (-1,), 128)
     """
-    collected = _Sites()
-    visit(program(apply, (params, *inputs)), collected)
+    collected, traced = _Sites(), program(apply, (params, *inputs))
+    warn_of(traced.jaxpr, "sites(apply, ...)")
+    visit(traced, collected)
     return tuple(collected.found)
 
 
@@ -107,48 +110,69 @@ class _Sites:
         self.found: list[Site] = []
 
     def equation(self, equation: Any, operands: Sequence[View], place: Place) -> None:
-        if equation.primitive.name in _COSTS:
-            self.found.append(_site(equation, operands, place))
+        product = _product(equation)
+        if product is not None:
+            self.found.append(_site(equation, operands, place, product))
 
     def body(self, jaxpr: Any, known: dict[Any, View], place: Place) -> None:
         pass
 
 
-def _site(equation: Any, views: Sequence[View], place: Place) -> Site:
+class _Product(NamedTuple):
+    """What an equation multiplies and sums."""
+
+    cost: int  # multiply-adds
+    summed: Sequence[Sequence[int] | None]  # axes of each operand; None: no whole axes
+
+
+def _product(equation: Any) -> _Product | None:
+    """What is known of an equation as a product, if it is one."""
+    if (known := _PRODUCTS.get(equation.primitive.name)) is not None:
+        return known(equation)
+    along = axes_of(equation)
+    if along is None or not along.summed:
+        return None
+    shapes = [variable.aval.shape for variable in equation.invars]
+    cost = math.prod(equation.outvars[0].aval.shape)
+    cost *= math.prod(shapes[group[0][0]][group[0][1]] for group in along.summed)
+    sums = [
+        tuple(axis for group in along.summed for operand, axis in group if operand == i)
+        for i in range(len(shapes))
+    ]
+    return _Product(cost, sums)
+
+
+def _site(equation: Any, views: Sequence[View], place: Place, product: _Product) -> Site:
     avals = [v.aval for v in (*equation.invars, *equation.outvars)]
-    operation = equation.primitive.name
-    cost, summed = _COSTS[operation]
-    fed = [(i, origin) for i in (1, 0) for origin in views[i].origins]
+    fed = [(i, origin) for i in reversed(range(len(views))) for origin in views[i].origins]
     fed.sort(key=lambda pair: (pair[1].indexed, -pair[1].bits))  # the weight first
     return Site(
         name=place.of(equation),
-        operation=operation,
+        operation=equation.primitive.name,
         uses=tuple(
-            Use(o.path, i, origins.contracted(o.axes, summed(equation)[i]), o.indexed)
-            for i, o in fed
+            Use(o.path, i, origins.contracted(o.axes, product.summed[i]), o.indexed) for i, o in fed
         ),
         shapes=tuple(tuple(aval.shape) for aval in avals),
         dtypes=tuple(aval.dtype for aval in avals),
         trips=place.trips,
         exact=place.exact,
-        flops=2 * cost(equation),
+        flops=2 * product.cost,
         bytes=sum(-(-math.prod(a.shape) * trees.bits_of(a) // 8) for a in avals),
         source=compat.source_of(equation),
     )
 
 
-# Costs in multiply-adds, and the axes of either operand that are summed.
-
-
-def _dot_cost(equation: Any) -> int:
-    (left, _), _ = equation.params["dimension_numbers"]
-    shape = equation.invars[0].aval.shape
-    return math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in left)
-
-
-def _dot_summed(equation: Any) -> tuple[Sequence[int] | None, ...]:
+def _dot(equation: Any) -> _Product:
     (left, right), _ = equation.params["dimension_numbers"]
-    return tuple(left), tuple(right)
+    shape = equation.invars[0].aval.shape
+    cost = math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in left)
+    return _Product(cost, (tuple(left), tuple(right)))
+
+
+def _conv(equation: Any) -> _Product:
+    _, *summed = equation.params["dimension_numbers"].rhs_spec
+    # Of the input, windows are summed: no whole axes.
+    return _Product(_conv_cost(equation), (None, tuple(summed)))
 
 
 def _conv_cost(equation: Any) -> int:
@@ -170,12 +194,7 @@ def _conv_cost(equation: Any) -> int:
     return cost
 
 
-def _conv_summed(equation: Any) -> tuple[Sequence[int] | None, ...]:
-    _, *summed = equation.params["dimension_numbers"].rhs_spec
-    return None, tuple(summed)  # of the input, windows are summed: no whole axes
-
-
-_COSTS = {
-    "dot_general": (_dot_cost, _dot_summed),
-    "conv_general_dilated": (_conv_cost, _conv_summed),
+_PRODUCTS: dict[str, Callable[[Any], _Product]] = {
+    "dot_general": _dot,
+    "conv_general_dilated": _conv,
 }

@@ -90,11 +90,7 @@ def _live(jaxpr: Any) -> list[bool]:
 
 
 def _enter_call(equation: Any, views: Sequence[View], place: Place, visitor: Visitor) -> list[View]:
-    closed = place.closed
-    if equation.primitive in (compat.CUSTOM_JVP, compat.CUSTOM_VJP):
-        closed = "a function with a derivative of its own"
-    inside = place.within(equation, closed=closed)
-    return _visit(compat.body_of(equation), views, inside, visitor)
+    return _visit(compat.body_of(equation), views, place.within(equation), visitor)
 
 
 def _enter_scan(equation: Any, views: Sequence[View], place: Place, visitor: Visitor) -> list[View]:
@@ -121,11 +117,12 @@ def _enter_while(
 
 def _enter_cond(equation: Any, views: Sequence[View], place: Place, visitor: Visitor) -> list[View]:
     bodies = compat.branches_on(equation, jax.default_backend())
-    exact = place.exact and len(bodies) == 1
+    one = len(bodies) == 1  # chosen by platform: known here
+    closed = place.closed or ("" if one else "one branch of a `cond`")
     branches = []
     for k, branch in enumerate(equation.params["branches"]):
         if any(branch is body for body in bodies):
-            inside = place.within(equation, k, exact=exact)
+            inside = place.within(equation, k, exact=place.exact and one, closed=closed)
             branches.append(_visit(branch, views[1:], inside, visitor))
     constant = views[0].constant
     return [

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jopt import trees
 
 from . import compat, rules
+from .constants import warn_of
 from .frame import Frame, Met, Tracked
 from .leaf import aval_of
 from .program import is_array, program
@@ -280,6 +281,7 @@ def _call(apply: Callable[..., T], frame: Frame, args: Any, kwargs: Any) -> T:
     if not any(trees.is_typed(leaf) for leaf in leaves):
         return apply(*args, **kwargs)
     traced = program(apply, args, kwargs)
+    warn_of(traced.jaxpr, "lift(apply)")
     operands = [Tracked(o.value, o.path) if o.typed else o.value for o in traced.operands]
     results = [materialised(x) for x in evaluate(frame, traced.jaxpr, operands)]
     results = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in results]
