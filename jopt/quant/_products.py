@@ -13,6 +13,8 @@ A NaN in an activation makes the result NaN, except on integers with a static ra
 the code 0.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -39,6 +41,56 @@ class Axes(NamedTuple):
     free: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Dot:
+    """A `dot_general` of an activation and a weight, as a value: equal ones share their traces."""
+
+    params: tuple[tuple[str, Any], ...]
+    side: int  # 0: the weight is on the left
+    weight: Axes
+    other: Axes
+    dtype: Any
+
+    @property
+    def contract(self) -> Sequence[int] | None:
+        return self.weight.contract
+
+    def place(self, coarse: jax.Array) -> jax.Array | None:
+        return _onto_activation(coarse, self.weight, self.other)
+
+    def dense(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        operands = (w, x) if self.side == 0 else (x, w)
+        return jax.lax.dot_general_p.bind(*operands, **dict(self.params))
+
+    def integers(self, codes: jax.Array, grid: Grid, leaf: QArray) -> jax.Array:
+        weight = (leaf.codes, leaf.grid, self.weight)
+        return _integer_dot(dict(self.params), self.side, (codes, grid, self.other), weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Conv:
+    """A `conv_general_dilated` of an activation and a weight, likewise."""
+
+    params: tuple[tuple[str, Any], ...]
+    dtype: Any
+
+    @property
+    def contract(self) -> Sequence[int] | None:
+        params = dict(self.params)
+        return (
+            params["dimension_numbers"].rhs_spec[1:] if params["batch_group_count"] == 1 else None
+        )
+
+    def place(self, coarse: jax.Array) -> jax.Array | None:
+        return coarse.reshape((1,) * coarse.ndim) if coarse.size == 1 else None
+
+    def dense(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated_p.bind(x, w, **dict(self.params))
+
+    def integers(self, codes: jax.Array, grid: Grid, leaf: QArray) -> jax.Array:
+        return _integer_conv(dict(self.params), codes, grid, leaf)
+
+
 @rule(jax.lax.dot_general_p, WeightLeaf)
 def _dot(call: Any, *operands: Any) -> Any:
     side = 0 if isinstance(operands[0], WeightLeaf) else 1
@@ -48,75 +100,64 @@ def _dot(call: Any, *operands: Any) -> Any:
     contract, batch = call.params["dimension_numbers"]
     weight = _axes(contract[side], batch[side], leaf.ndim)
     other = _axes(contract[1 - side], batch[1 - side], x.ndim)
-
-    def place(coarse: jax.Array) -> jax.Array | None:
-        return _onto_activation(coarse, weight, other, x.ndim)
-
-    def integers(codes: jax.Array, grid: Grid, leaf: QArray) -> jax.Array:
-        return _integer_dot(call, side, (codes, grid, other), (leaf.codes, leaf.grid, weight))
-
-    def dense(x: jax.Array, w: jax.Array) -> jax.Array:
-        return call.bind(w, x) if side == 0 else call.bind(x, w)
-
-    return _product(call, leaf, x, dense, place, integers, weight.contract)
+    return _product(call, leaf, x, _Dot(_frozen(call), side, weight, other, call.out[0].dtype))
 
 
 @rule(jax.lax.conv_general_dilated_p, WeightLeaf)
 def _conv(call: Any, x: Any, leaf: Any) -> Any:
     if not isinstance(leaf, WeightLeaf) or leaf.always_dense or trees.is_typed(x):
         return NotImplemented
-    spec = call.params["dimension_numbers"].rhs_spec
-
-    def place(coarse: jax.Array) -> jax.Array | None:
-        return coarse.reshape((1,) * x.ndim) if coarse.size == 1 else None
-
-    def integers(codes: jax.Array, grid: Grid, leaf: QArray) -> jax.Array:
-        return _integer_conv(call, codes, grid, leaf)
-
-    contract = spec[1:] if call.params["batch_group_count"] == 1 else None
-    return _product(call, leaf, x, call.bind, place, integers, contract)
+    return _product(call, leaf, x, _Conv(_frozen(call), call.out[0].dtype))
 
 
-def _product(
-    call: Any,
-    leaf: WeightLeaf,
-    x: jax.Array,
-    dense: Callable[[jax.Array, jax.Array], jax.Array],
-    place: Place,
-    integers: Callable[[jax.Array, Grid, QArray], jax.Array],
-    contract: Sequence[int] | None,
-) -> Any:
+def _frozen(call: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(call.params.items(), key=lambda item: item[0]))
+
+
+def _product(call: Any, leaf: WeightLeaf, x: jax.Array, operation: _Dot | _Conv) -> Any:
     """The product by its dense form, or on integers with the derivative of its dense form."""
     for name in getattr(leaf, "observed", ()):
         low, high = jnp.min(x, initial=0.0), jnp.max(x, initial=0.0)
         call.record(
             name, (Stat(low.astype(jnp.float32), "min"), Stat(high.astype(jnp.float32), "max"))
         )
-    format = leaf.activation
-    if format is None or not jnp.issubdtype(x.dtype, jnp.floating):
+    if leaf.activation is None or not jnp.issubdtype(x.dtype, jnp.floating):
         call.say("a float product of the dequantized weight: its activation has no format")
-        return dense(x, leaf.materialise())
+        return operation.dense(x, leaf.materialise())
     _check_calibrated(call.path, leaf)
-    if leaf.range is not None and any(place(end) is None for end in leaf.range):
+    if leaf.range is not None and any(operation.place(end) is None for end in leaf.range):
         return NotImplemented  # the range differs within what one activation meets
-
-    def simulate(x: jax.Array, leaf: WeightLeaf) -> jax.Array:
-        return dense(_rounded(x, leaf, place), leaf.materialise())
-
-    if why := _not_on_integers(leaf, contract):
+    if why := _not_on_integers(leaf, operation.contract):
         call.say(f"a float product of dequantized values: {why}")
-        return simulate(x, leaf)
+        return _simulated(x, leaf, operation)
     call.say("a product of integers")
+    return _on_integers(x, leaf, operation)
+
+
+# Compiled apart, so that products alike, as of the layers of a model, are traced and lowered once.
+
+
+@functools.partial(jax.jit, static_argnames="operation")
+def _simulated(x: jax.Array, leaf: WeightLeaf, operation: _Dot | _Conv) -> jax.Array:
+    """The dense form."""
+    return operation.dense(_rounded(x, leaf, operation.place), leaf.materialise())
+
+
+@functools.partial(jax.jit, static_argnames="operation")
+def _on_integers(x: jax.Array, leaf: QArray, operation: _Dot | _Conv) -> jax.Array:
+    """The product of codes, with the derivative of the dense form."""
 
     @jax.custom_jvp
     def product(x: jax.Array, leaf: QArray) -> jax.Array:
-        grid = _activation_grid(x, leaf, place)
-        codes = format.encode(x, grid).astype(jnp.int8)
-        return integers(codes, grid, leaf).astype(call.out[0].dtype)
+        assert leaf.activation is not None
+        grid = _activation_grid(x, leaf, operation.place)
+        codes = leaf.activation.encode(x, grid).astype(jnp.int8)
+        return operation.integers(codes, grid, leaf).astype(operation.dtype)
 
     @product.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-        return product(*primals), jax.jvp(simulate, primals, tangents)[1]
+        simulated = functools.partial(_simulated, operation=operation)
+        return product(*primals), jax.jvp(simulated, primals, tangents)[1]
 
     return product(x, leaf)
 
@@ -175,14 +216,16 @@ def _axes(contract: Sequence[int], batch: Sequence[int], ndim: int) -> Axes:
     return Axes(tuple(contract), tuple(batch), free)
 
 
-def _onto_activation(coarse: jax.Array, weight: Axes, x: Axes, ndim: int) -> jax.Array | None:
+def _onto_activation(coarse: jax.Array, weight: Axes, x: Axes) -> jax.Array | None:
     """Lays an array of the weight's rank onto the activation; only batch axes may differ in it."""
     if not shared_along(coarse, weight.contract + weight.free):
         return None
-    moved = jnp.transpose(coarse, weight.batch + weight.contract + weight.free)
-    moved = moved.reshape(moved.shape[: len(weight.batch)] + (1,) * (ndim - len(weight.batch)))
     order = x.batch + x.contract + x.free
-    return jnp.transpose(moved, [order.index(axis) for axis in range(ndim)])
+    moved = jnp.transpose(coarse, weight.batch + weight.contract + weight.free)
+    moved = moved.reshape(
+        moved.shape[: len(weight.batch)] + (1,) * (len(order) - len(weight.batch))
+    )
+    return jnp.transpose(moved, [order.index(axis) for axis in range(len(order))])
 
 
 def _onto_result(coarse: jax.Array, axes: Axes, other: Axes, side: int) -> jax.Array:
@@ -195,7 +238,7 @@ def _onto_result(coarse: jax.Array, axes: Axes, other: Axes, side: int) -> jax.A
     return moved.reshape(sizes[:batch] + ones + sizes[batch:])
 
 
-def _integer_dot(call: Any, side: int, x: Any, weight: Any) -> jax.Array:
+def _integer_dot(params: dict[str, Any], side: int, x: Any, weight: Any) -> jax.Array:
     (x_codes, x_grid, x_axes), (w_codes, w_grid, w_axes) = x, weight
     w_codes = w_codes.astype(jnp.int8)  # an int4 operand has no kernel on any backend
 
@@ -207,9 +250,9 @@ def _integer_dot(call: Any, side: int, x: Any, weight: Any) -> jax.Array:
 
     total = jax.lax.dot_general(
         *((w_codes, x_codes) if side == 0 else (x_codes, w_codes)),
-        call.params["dimension_numbers"],
+        params["dimension_numbers"],
         preferred_element_type=jnp.int32,
-        out_sharding=call.params.get("out_sharding"),
+        out_sharding=params.get("out_sharding"),
     )
     # (q_x - z_x)(q_w - z_w), multiplied out; int32 wraps around, so only the result must fit.
     if x_grid.zero_point is not None:
@@ -227,9 +270,9 @@ def _integer_dot(call: Any, side: int, x: Any, weight: Any) -> jax.Array:
 # The convolution on integers.
 
 
-def _integer_conv(call: Any, x: jax.Array, grid: Grid, leaf: QArray) -> jax.Array:
-    numbers, groups = call.params["dimension_numbers"], call.params["feature_group_count"]
-    x = _padded(x, grid, call.params)
+def _integer_conv(params: dict[str, Any], x: jax.Array, grid: Grid, leaf: QArray) -> jax.Array:
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    x = _padded(x, grid, params)
 
     def on_features(coarse: jax.Array) -> jax.Array:
         shape = [1] * x.ndim
@@ -237,7 +280,7 @@ def _integer_conv(call: Any, x: jax.Array, grid: Grid, leaf: QArray) -> jax.Arra
         return coarse.reshape(shape)
 
     kernel, window = leaf.codes.astype(jnp.int8), numbers.rhs_spec[1:]
-    total = _convolve(call.params, x, kernel)
+    total = _convolve(params, x, kernel)
     zero = None if grid.zero_point is None else grid.zero_point.astype(jnp.int32)
     if zero is not None:
         sums = jnp.sum(kernel, window, jnp.int32, keepdims=True)
@@ -246,7 +289,7 @@ def _integer_conv(call: Any, x: jax.Array, grid: Grid, leaf: QArray) -> jax.Arra
         # The sum of the codes under each window, one feature a group.
         feature, outputs = numbers.rhs_spec[0], kernel.shape[numbers.rhs_spec[0]]
         ones = jnp.ones_like(jax.lax.slice_in_dim(kernel, 0, groups, axis=feature))
-        sums = _convolve(call.params, x, ones)
+        sums = _convolve(params, x, ones)
         if zero is not None:
             sums = sums - zero * math.prod(kernel.shape[axis] for axis in window)
         sums = jnp.repeat(sums, outputs // groups, axis=numbers.out_spec[1])
