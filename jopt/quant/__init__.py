@@ -18,4 +18,5 @@ from ._quantize import trainable as trainable
 
 # Importing these registers what `lift` does with the leaves.
 from . import _products as _products  # isort: skip
+from . import _sum as _sum  # isort: skip
 from . import _views as _views  # isort: skip

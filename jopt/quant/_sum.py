@@ -1,0 +1,72 @@
+"""A quantized weight plus an array, kept apart: `x (Q + D) = x Q + x D`.
+
+It arises inside a lifted function that adds to a weight, such as one that merges adapters into it.
+The quantized part keeps its integers; the array, which is dense anyway, has a product of its own.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from jopt import trees
+from jopt.trace import Leaf, rule
+
+from ._leaves import WeightLeaf
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "delta"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Sum(Leaf):
+    """A quantized leaf and an array of its shape."""
+
+    base: WeightLeaf
+    delta: jax.Array
+
+    def materialise(self) -> jax.Array:
+        """The sum."""
+        return self.base.materialise() + self.delta
+
+
+@rule(jax.lax.add_p, WeightLeaf)
+def _add(call: Any, left: Any, right: Any) -> Any:
+    leaf, other = (left, right) if isinstance(left, WeightLeaf) else (right, left)
+    if leaf.always_dense or trees.is_typed(other) or other.shape != leaf.shape:
+        return NotImplemented
+    return Sum(leaf, other)
+
+
+@rule(jax.lax.add_p, Sum)
+def _add_more(call: Any, left: Any, right: Any) -> Any:
+    leaf, other = (left, right) if isinstance(left, Sum) else (right, left)
+    if trees.is_typed(other) or other.shape != leaf.shape:
+        return NotImplemented
+    return Sum(leaf.base, leaf.delta + other)
+
+
+@rule(jax.lax.dot_general_p, Sum)
+@rule(jax.lax.conv_general_dilated_p, Sum)
+def _both(call: Any, *operands: Any) -> Any:
+    """An operation that is linear in the weight, on either part."""
+    if sum(trees.is_typed(x) for x in operands) > 1:
+        return NotImplemented
+
+    def on(part: str) -> Any:
+        return call.bind(*(getattr(x, part) if isinstance(x, Sum) else x for x in operands))
+
+    return on("base") + on("delta")
+
+
+def _view(call: Any, leaf: Sum, *indices: Any) -> Any:
+    """An operation that only looks at the weight differently."""
+    base = call.bind(leaf.base, *indices)
+    delta = call.bind(leaf.delta, *indices)
+    return Sum(base, delta) if trees.is_typed(base) else base + delta
+
+
+for _primitive in (
+    *(jax.lax.transpose_p, jax.lax.reshape_p, jax.lax.squeeze_p, jax.lax.broadcast_in_dim_p),
+    *(jax.lax.slice_p, jax.lax.rev_p, jax.lax.dynamic_slice_p, jax.lax.convert_element_type_p),
+):
+    rule(_primitive, Sum)(_view)
