@@ -116,7 +116,10 @@ def with_weight(leaf: Any, weight: Any) -> Any:
 
 def bits_of(array: Any) -> int:
     """The bits of one element of `array`: 4 for int4, 1 for bool, whatever the container takes."""
-    dtype = jnp.dtype(getattr(array, "dtype", jnp.result_type(array)))
+    dtype = getattr(array, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return dtype.itemsize * 8
+    dtype = jnp.dtype(jnp.result_type(array) if dtype is None else dtype)
     if dtype == jnp.bool_:
         return 1
     if jnp.issubdtype(dtype, jnp.integer):

@@ -5,6 +5,7 @@ from .axes import axes as axes
 from .constants import Constant as Constant
 from .constants import constants as constants
 from .frame import Met as Met
+from .hoist import hoist as hoist
 from .leaf import Leaf as Leaf
 from .rules import rule as rule
 from .sites import Site as Site
@@ -24,4 +25,5 @@ from .walk import lift as lift
 # Importing these registers what `lift` does with constructs that have bodies, and with operations
 # that change no value.
 from . import control as control  # isort: skip
+from . import shards as shards  # isort: skip
 from . import through as through  # isort: skip

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax._src.core import pvary_p
 from jax._src.lax.lax import optimization_barrier_p
+from jax._src.shard_map import shard_map_p
 from jax._src.sharding_impls import UNSPECIFIED
 from jax.core import eval_jaxpr
 from jax.extend import core, source_info_util
@@ -24,6 +25,7 @@ DropVar = core.DropVar
 
 JIT, REMAT = primitives.jit_p, primitives.remat_p
 CUSTOM_JVP, CUSTOM_VJP = primitives.custom_jvp_call_p, primitives.custom_vjp_call_p
+SHARD_MAP = shard_map_p
 SCAN, WHILE, COND = primitives.scan_p, primitives.while_p, primitives.cond_p
 INLINE = (primitives.call_p, primitives.closed_call_p)
 CALLS = (JIT, REMAT, CUSTOM_JVP, CUSTOM_VJP, *INLINE)  # one body, run once, on the operands
@@ -59,8 +61,17 @@ def constant(value: Any, like: Any) -> jax.Array:
     """An array of one value with the type of `like`, within a `shard_map` as well."""
     aval = like if isinstance(like, jax.ShapeDtypeStruct) else jax.typeof(like)
     array = jax.lax.full(aval.shape, value, aval.dtype)
-    varying = getattr(aval.manual_axis_type, "varying", frozenset())
-    return jax.lax.pcast(array, tuple(sorted(varying)), to="varying") if varying else array
+    axes = _varying(aval)
+    return jax.lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array
+
+
+def varying(value: Any) -> frozenset[Any]:
+    """The mesh axes of a `shard_map` along which a value may differ from shard to shard."""
+    return _varying(jax.typeof(value))
+
+
+def _varying(aval: Any) -> frozenset[Any]:
+    return getattr(aval.manual_axis_type, "varying", frozenset())
 
 
 def is_array(value: Any) -> bool:

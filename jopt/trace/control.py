@@ -18,7 +18,9 @@ from . import compat, stats
 from .frame import Frame, Tracked
 from .rules import structure
 from .through import placement
-from .walk import dense, evaluate, materialised
+from .walk import dense, evaluate, leaving, materialised
+
+_CARRY = "it is carried from iteration to iteration"
 
 
 @structure(*compat.INLINE)
@@ -35,7 +37,7 @@ def _jit(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
             return evaluate(frame.inline(equation), compat.body_of(equation), operands)
 
     def body(*operands: Any) -> Any:
-        return _dense_outputs(frame.inner(equation), compat.body_of(equation), operands)
+        return dense_outputs(equation, frame, compat.body_of(equation), operands)
 
     if "in_shardings" in options:
         pairs = zip(operands, options["in_shardings"], strict=True)
@@ -44,7 +46,7 @@ def _jit(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
         options["out_shardings"] = (list(options["out_shardings"]), compat.UNSPECIFIED)
     body.__name__ = name
     results, records = jax.jit(body, **options)(*operands)
-    _hand_over(frame, records)
+    hand_over(frame, records)
     return results
 
 
@@ -59,10 +61,10 @@ def _remat(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
         # undo the recomputation; calling `jax.checkpoint` again would not set that one.
         behind = iter(jax.lax.optimization_barrier(list(itertools.compress(operands, barred))))
         inside = [next(behind) if b else x for b, x in zip(barred, operands, strict=True)]
-        return _dense_outputs(frame.inner(equation), compat.body_of(equation), inside)
+        return dense_outputs(equation, frame, compat.body_of(equation), inside)
 
     results, records = jax.checkpoint(body, prevent_cse=cse, policy=params["policy"])(*operands)
-    _hand_over(frame, records)
+    hand_over(frame, records)
     return results
 
 
@@ -72,28 +74,26 @@ def _scan(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
     params = equation.params
     split, carried = compat.scan_counts(equation)
     constants = [_entering(x, sliced=False) for x in operands[:split]]
-    init = [materialised(x) for x in operands[split : split + carried]]
+    init = [leaving(frame, equation, x, _CARRY) for x in operands[split : split + carried]]
     xs = [
         _entering(_stacked(x, params["length"], equation), sliced=True)
         for x in operands[split + carried :]
     ]
 
+    def once(carry: Any, x: Any) -> Any:
+        operands = [*constants, *carry, *x]
+        return dense_outputs(equation, frame, params["jaxpr"], operands, scans=1)
+
     def body(carry: Any, x: Any) -> Any:
         carry, kept = carry
-        results, records = _dense_outputs(
-            frame.inner(equation, scans=1), params["jaxpr"], [*constants, *carry, *x]
-        )
+        results, records = once(carry, x)
         merged, stacked = _leaving(records)
         kept = {name: stats.merged(name, kept[name], merged[name]) for name in kept}
         return (results[:carried], kept), (results[carried:], stacked)
 
     def first(init: Any, xs: Any) -> Any:
         x = jax.tree.map(lambda array: array[0], xs)
-        return _leaving(
-            _dense_outputs(
-                frame.inner(equation, scans=1), params["jaxpr"], [*constants, *init, *x]
-            )[1]
-        )
+        return _leaving(once(init, x)[1])
 
     kept = {}
     if frame.recorder is not None and params["length"] > 0:
@@ -106,7 +106,7 @@ def _scan(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    _hand_over(frame, {**kept, **stacked})
+    hand_over(frame, {**kept, **stacked})
     return [*carry, *ys]
 
 
@@ -116,15 +116,15 @@ def _while(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
     first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     conditions, constants = operands[:first], operands[first:second]
     constants = [_entering(x, sliced=False) for x in constants]
-    init = [materialised(x) for x in operands[second:]]
+    init = [leaving(frame, equation, x, _CARRY) for x in operands[second:]]
 
     def condition(carry: Any) -> Any:
         values = evaluate(frame.silent(), params["cond_jaxpr"], [*conditions, *carry[0]])
         return materialised(values[0])
 
     def step(carry: Any) -> Any:
-        results, records = _dense_outputs(
-            frame.inner(equation), params["body_jaxpr"], [*constants, *carry]
+        results, records = dense_outputs(
+            equation, frame, params["body_jaxpr"], [*constants, *carry]
         )
         return results, _leaving(records)[0]
 
@@ -136,7 +136,7 @@ def _while(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
     if frame.recorder is not None:
         kept = stats.identity(jax.eval_shape(step, init)[1])
     results, kept = jax.lax.while_loop(condition, body, (init, kept))
-    _hand_over(frame, kept)
+    hand_over(frame, kept)
     return results
 
 
@@ -147,7 +147,7 @@ def _cond(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
     jaxprs = equation.params["branches"]
 
     def plain(k: int) -> Any:
-        return lambda *operands: _dense_outputs(frame.inner(equation, k), jaxprs[k], operands)
+        return lambda *operands: dense_outputs(equation, frame, jaxprs[k], operands, body=k)
 
     branches, every = [plain(k) for k in range(len(jaxprs))], {}
     if frame.recorder is not None:
@@ -173,7 +173,7 @@ def _cond(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
         chosen = {name: branch for names, branch in named for name in names or ("default",)}
         default = chosen.pop("default", None)
         results, records = jax.lax.platform_dependent(*operands, default=default, **chosen)
-    _hand_over(frame, records)
+    hand_over(frame, records)
     return results
 
 
@@ -183,7 +183,7 @@ def _custom_jvp(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[An
 
     @jax.custom_jvp
     def call(*operands: Any) -> Any:
-        return _dense_outputs(frame.inner(equation), equation.params["call_jaxpr"], operands)
+        return dense_outputs(equation, frame, equation.params["call_jaxpr"], operands)
 
     @call.defjvp
     def _(primals: Any, tangents: Any) -> Any:
@@ -195,7 +195,7 @@ def _custom_jvp(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[An
         return (results, records), (derivative, jax.tree.map(_zero_tangent, records))
 
     results, records = call(*operands)
-    _hand_over(frame, records)
+    hand_over(frame, records)
     return results
 
 
@@ -217,12 +217,26 @@ def _placed(value: Any, sharding: Any) -> Any:
     return jax.tree.map(lambda array: place(array) or compat.UNSPECIFIED, value)
 
 
-def _dense_outputs(frame: Frame, jaxpr: Any, operands: Sequence[Any]) -> tuple[list[Any], Any]:
-    results = [materialised(x) for x in evaluate(frame, jaxpr, operands)]
+def dense_outputs(
+    equation: Any,
+    frame: Frame,
+    jaxpr: Any,
+    operands: Sequence[Any],
+    *,
+    body: int = 0,
+    scans: int = 0,
+) -> tuple[list[Any], Any]:
+    """The results of a body of an equation as arrays, and what it recorded."""
+    frame = frame.inner(equation, body, scans=scans)
+    results = [
+        leaving(frame, equation, x, "it leaves the body, which gives back arrays")
+        for x in evaluate(frame, jaxpr, operands)
+    ]
     return results, frame.records()
 
 
-def _hand_over(frame: Frame, records: dict[str, stats.Record]) -> None:
+def hand_over(frame: Frame, records: dict[str, stats.Record]) -> None:
+    """Adds what a nested body recorded to the records of the body around it."""
     if frame.recorder is not None:
         frame.recorder.extend(records)
 

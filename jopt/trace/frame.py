@@ -85,9 +85,10 @@ class Frame:
         return {} if self.recorder is None else self.recorder.records
 
     def note(self, equation: Any, origin: Tracked, dense: bool, how: str) -> None:
-        """Notes what became of a leaf, each place in the function once."""
+        """Notes what became of a leaf, each place in the function once; no equation: at its end."""
         if self.met is not None:
-            found = Met(
-                origin.path, str(equation.primitive), dense, how, compat.source_of(equation)
-            )
+            name, source = "return", ""
+            if equation is not None:
+                name, source = str(equation.primitive), compat.source_of(equation)
+            found = Met(origin.path, name, dense, how, source)
             self.met.setdefault((id(equation), origin.path, compat.current_scope()), found)

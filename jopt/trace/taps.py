@@ -147,7 +147,7 @@ class _Finder:
 
 _HAVE_BODIES = {
     *(primitive.name for primitive in compat.CALLS),
-    *(compat.SCAN.name, compat.WHILE.name, compat.COND.name, "shard_map"),
+    *(compat.SCAN.name, compat.WHILE.name, compat.COND.name, compat.SHARD_MAP.name),
 }
 
 

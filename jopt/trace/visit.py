@@ -150,5 +150,5 @@ _BODIES: dict[str, Callable[..., list[View]]] = {
     compat.SCAN.name: _enter_scan,
     compat.WHILE.name: _enter_while,
     compat.COND.name: _enter_cond,
-    "shard_map": _enter_shards,
+    compat.SHARD_MAP.name: _enter_shards,
 }

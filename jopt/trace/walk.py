@@ -105,8 +105,9 @@ def explain(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Met, 
     """Tells what becomes of each typed leaf: which operations it meets, and how they compute.
 
     Nothing is computed; arrays may be `jax.ShapeDtypeStruct`s. A leaf that an operation would
-    materialise is listed as `dense` with the reason, where `lift` would raise. An operation with a
-    body is not listed, only what is inside; one inside a loop is listed once.
+    materialise is listed as `dense` with the reason, where `lift` would raise; so is one that comes
+    out of a body, goes into a carry or is returned, where `lift` makes an array of it. Of an
+    operation with a body what is inside is listed; one inside a loop is listed once.
 
     Args:
       apply: any JAX function, not lifted.
@@ -244,7 +245,10 @@ def _answer(frame: Frame, equation: Any, operands: Sequence[Any], *, check: bool
         result = function(call, *raw)
         if result is NotImplemented:
             continue
-        frame.note(equation, origin, False, "; ".join(call.said) or f"rule `{_name(function)}`")
+        for operand in operands:
+            if isinstance(operand, Tracked):
+                how = "; ".join(call.said) or f"rule `{_name(function)}`"
+                frame.note(equation, operand, False, how)
         results = list(result) if equation.primitive.multiple_results else [result]
         if check:
             _check(equation, function, results)
@@ -273,6 +277,13 @@ def materialised(value: Any) -> Any:
     return value.materialise() if isinstance(value, Tracked) else value
 
 
+def leaving(frame: Frame, equation: Any, value: Any, how: str) -> Any:
+    """The array of a leaf that cannot go on as a leaf: out of a body, into a carry."""
+    if isinstance(value, Tracked):
+        frame.note(equation, value, True, how)
+    return materialised(value)
+
+
 # Helpers, in order of use.
 
 
@@ -283,7 +294,8 @@ def _call(apply: Callable[..., T], frame: Frame, args: Any, kwargs: Any) -> T:
     traced = program(apply, args, kwargs)
     warn_of(traced.jaxpr, "lift(apply)")
     operands = [Tracked(o.value, o.path) if o.typed else o.value for o in traced.operands]
-    results = [materialised(x) for x in evaluate(frame, traced.jaxpr, operands)]
+    results = evaluate(frame, traced.jaxpr, operands)
+    results = [leaving(frame, None, x, "the function returns it") for x in results]
     results = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in results]
     return traced.results(results)
 

@@ -9,7 +9,7 @@ from jax import lax
 from toy_functions import STACK, W, X, close
 from toy_leaves import Scaled, Watched, dense
 
-from jopt.trace import Leaf, lift, rule
+from jopt.trace import Leaf, explain, lift, rule
 
 
 def refusal(function, *args):
@@ -63,20 +63,6 @@ def test_custom_vjp_says_why():
     message = refusal(lambda p, x: product(x, p["w"]), {"w": W}, X)
     assert "make `w` dense: a `jax.custom_vjp` function is called on dense weights" in message
     assert "so that its derivative is kept" in message
-
-
-def test_shard_map_inside_is_opaque():
-    mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec
-
-    def model(p, x):
-        body = jax.shard_map(
-            jnp.matmul, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec("data")
-        )
-        return body(x, p["w"])
-
-    assert "make `w` dense: `shard_map` has no rule" in refusal(model, {"w": W}, X)
-    close(jax.jit(lift(model, allow_dense=True))({"w": W}, X), X @ dense(W))
 
 
 def test_a_leaf_that_is_dense_anyway_needs_no_permission():
@@ -147,3 +133,16 @@ def test_a_scale_common_to_all_layers_is_scanned():
 def test_leaf_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         Leaf()  # pyright: ignore
+
+
+def test_a_leaf_that_becomes_an_array_on_its_way_is_in_the_report():
+    def function(p, x):
+        out = lax.fori_loop(0, 2, lambda i, c: (c[0] @ c[1], c[1] * 1.5), (x, p["w"]))[0]
+        return out, p["w"]
+
+    found = explain(function, {"w": W}, X)
+    assert [(met.path, met.operation, met.dense) for met in found] == [
+        ("w", "scan", True),
+        ("w", "return", True),
+    ]
+    assert "carried from iteration to iteration" in found[0].how

@@ -1,0 +1,111 @@
+"""`shard_map` inside a lifted function: leaves split like their values, statistics over shards."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+from toy_functions import close, normal
+from toy_leaves import Scaled, Watched, dense, products, scaled
+
+from jopt.trace import collect, explain, lift
+
+W = scaled(normal(0, 6, 8))
+X = normal(1, 8, 6)
+P = PartitionSpec
+
+
+def mesh_of(**sizes):
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes))
+
+
+def rows(p, x):
+    """Data split over devices, weights whole."""
+    body = jax.shard_map(
+        lambda w, x: jnp.tanh(x @ w), mesh=mesh_of(d=4), in_specs=(P(), P("d")), out_specs=P("d")
+    )
+    return body(p["w"], x)
+
+
+def summed(p, x):
+    """The summed axis split: partial products are added up over devices."""
+    body = jax.shard_map(
+        lambda w, x: lax.psum(x @ w, "m"),
+        mesh=mesh_of(d=4, m=2),
+        in_specs=(P("m"), P("d", "m")),
+        out_specs=P("d"),
+    )
+    return body(p["w"], x)
+
+
+def columns(p, x):
+    """Outputs split over two mesh axes at once."""
+    body = jax.shard_map(
+        lambda w, x: x @ w,
+        mesh=mesh_of(a=2, b=4),
+        in_specs=(P(None, ("a", "b")), P()),
+        out_specs=P(None, ("a", "b")),
+    )
+    return body(p["w"], x)
+
+
+def in_a_scan(p, x):
+    def layer(h, w):
+        return rows({"w": w}, h)[:, :6], None
+
+    return lax.scan(layer, x, p["w"])[0]
+
+
+CASES = [(rows, W), (summed, W), (columns, W), (in_a_scan, scaled(normal(2, 3, 6, 8)))]
+
+
+@pytest.mark.parametrize(("function", "weight"), CASES)
+def test_equals_the_dense_function_on_integers(function, weight):
+    params = {"w": weight}
+    close(jax.jit(lift(function))(params, X), jax.jit(function)(dense(params), X), 1e-5)
+    assert products(jax.make_jaxpr(lift(function))(params, X)) == [True]
+
+
+@pytest.mark.parametrize("function", [rows, summed, columns])
+def test_derivatives(function):
+    ours = jax.jit(jax.grad(lambda x: jnp.sum(lift(function)({"w": W}, x) ** 2)))(X)
+    close(ours, jax.grad(lambda x: jnp.sum(function(dense({"w": W}), x) ** 2))(X), 1e-4)
+
+
+def test_arrays_that_do_not_divide_make_the_leaf_dense():
+    odd = Scaled(W.codes, jnp.repeat(jnp.ones((3, 8)), 1, 0))  # three groups over two shards
+    with pytest.raises(ValueError, match="a `shard_map` splits it unevenly"):
+        lift(summed)({"w": Grouped(odd.codes, odd.scale)}, X)
+    (met,) = explain(summed, {"w": Grouped(odd.codes, odd.scale)}, X)
+    assert met.dense and met.operation == "shard_map"
+
+
+class Grouped(Scaled):
+    """Codes whose scale serves groups of rows."""
+
+    def materialise(self):
+        scale = jnp.repeat(self.scale, self.codes.shape[0] // self.scale.shape[0], 0)
+        return self.codes.astype(scale.dtype) * scale
+
+
+jax.tree_util.register_dataclass(Grouped, data_fields=["codes", "scale"], meta_fields=[])
+
+
+@pytest.mark.parametrize("function", [rows, summed, columns])
+def test_statistics_are_those_of_all_shards(function):
+    leaf = Watched(dense(W), "w")
+    _, stats = jax.jit(collect(function))({"w": leaf}, X)
+    np.testing.assert_allclose(stats["w"]["low"].value, X.min(), rtol=1e-6)
+    np.testing.assert_allclose(stats["w"]["high"].value, X.max(), rtol=1e-6)
+
+
+def test_a_sum_needs_to_know_where_values_differ():
+    def unchecked(p, x):
+        return jax.shard_map(
+            jnp.matmul, mesh=mesh_of(d=4), in_specs=(P("d"), P()), out_specs=P("d"), check_vma=False
+        )(x, p)
+
+    close(lift(unchecked)(W, X), X @ dense(W))
+    with pytest.raises(ValueError, match="`check_vma=False`, which does not know"):
+        collect(unchecked)(Watched(dense(W), "w"), X)
