@@ -141,6 +141,27 @@ def _dynamic_slice(call: Any, leaf: WeightLeaf, *starts: jax.Array) -> Any:
     return leaf.joined(call.bind(array, *starts), jax.tree.map(follow, coarse))
 
 
+@rule(jax.lax.dynamic_update_slice_p, WeightLeaf)
+def _dynamic_update_slice(call: Any, leaf: Any, update: Any, *starts: jax.Array) -> Any:
+    """Codes into codes of the same kind, each with its own scales: rows of a table, say."""
+    if not (isinstance(leaf, QArray) and isinstance(update, QArray)):
+        return NotImplemented
+    (array, coarse), (part, finer) = leaf.split(), update.split()
+    if jax.tree.structure(leaf) != jax.tree.structure(update) or leaf.range is not None:
+        return NotImplemented
+    cut = [a for a in range(array.ndim) if part.shape[a] != array.shape[a]]
+    pairs = [
+        (full_along(c, array.shape, cut), full_along(d, part.shape, cut))
+        for c, d in zip(jax.tree.leaves(coarse), jax.tree.leaves(finer), strict=True)
+    ]
+    if any(c.shape[a] != d.shape[a] for c, d in pairs for a in range(c.ndim) if a not in cut):
+        return NotImplemented
+    first = [s if a in cut else jnp.zeros_like(s) for a, s in enumerate(starts)]
+    moved = [jax.lax.dynamic_update_slice(c, d, first) for c, d in pairs]
+    whole = jax.tree.unflatten(jax.tree.structure(coarse), moved)
+    return leaf.joined(call.bind(array, part, *starts), whole)
+
+
 @rule(jax.lax.gather_p, WeightLeaf)
 def _gather(call: Any, leaf: WeightLeaf, indices: jax.Array) -> Any:
     """Rows of an embedding: gathered as codes, then dense, since they are activations now."""

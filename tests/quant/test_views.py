@@ -9,7 +9,7 @@ import pytest
 
 from jopt.quant import FakeQuant, Int, QArray, Spec, calibrate, qat, quantize
 from jopt.quant._views import _blocks, _regroup
-from jopt.trace import lift
+from jopt.trace import explain, lift
 
 GROUP = Int(4, granularity="group", group_size=4)
 
@@ -226,3 +226,31 @@ def test_views_compose(case):
     expected = jax.jit(program)(leaf.materialise(), x)
     found = jax.jit(lift(program))(leaf, x)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", [Int(8), Int(8, symmetric=False), Int(4, granularity="tensor")])
+def test_rows_of_one_table_go_into_another_as_codes(format):
+    rng = np.random.default_rng(0)
+    table, rows = (
+        quantize(jnp.asarray(rng.normal(size=shape), jnp.float32), format)
+        for shape in ((8, 6), (2, 6))
+    )
+    x = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
+
+    def function(p, at, x):
+        w = jax.lax.dynamic_update_slice(p["table"], p["rows"], (at, 0))
+        return x @ w, w
+
+    params = {"table": table, "rows": rows}
+    met = explain(function, params, 3, x)
+    assert [m.dense for m in met if m.operation == "dynamic_update_slice"] == [False, False]
+    plain = {name: leaf.materialise() for name, leaf in params.items()}
+    ours, theirs = jax.jit(lift(function))(params, 3, x), jax.jit(function)(plain, 3, x)
+    np.testing.assert_allclose(ours[0], theirs[0], 1e-5, 1e-5)
+    np.testing.assert_array_equal(ours[1], theirs[1])
+
+
+def test_an_array_does_not_go_into_codes():
+    table = quantize(jnp.ones((8, 6)), Int(8))
+    with pytest.raises(ValueError, match="cannot serve these operands"):
+        lift(lambda p, x: jax.lax.dynamic_update_slice(p, x, (0, 0)))(table, jnp.ones((2, 6)))
