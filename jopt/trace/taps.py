@@ -124,8 +124,8 @@ class _Finder:
         if equation.primitive is compat.NAME:
             self._add("checkpoint", equation.params["name"], equation.outvars[0], place)
         if _is_whole(equation) or equation.primitive.name not in _HAVE_BODIES:
-            for path in _first_met(operands):
-                kept = [v for v in equation.outvars if not isinstance(v, compat.DropVar)]
+            kept = [v for v in equation.outvars if not isinstance(v, compat.DropVar)]
+            for path in _first_met(operands) if kept else ():
                 self._add("parameter", path, kept[0], place)
 
     def body(self, jaxpr: Any, known: dict[Any, View], place: Place) -> None:

@@ -233,3 +233,12 @@ def test_a_predicate_sees_shapes_and_python_values_stay_python():
         ("one/bias", "parameter"),
         ("hidden", "checkpoint"),
     ]
+
+
+def test_an_operation_without_results_has_no_value_to_name():
+    def function(p, x):
+        jax.debug.callback(lambda *values: None, p, x)
+        return x @ p
+
+    _, found = taps(function, "**")(W, X)
+    close(found, {"": X @ W})
