@@ -24,6 +24,7 @@ def max_pool(x: jax.Array, window: int | tuple[int, int] = 2) -> jax.Array:
       `[batch, height // h, width // w, channels]`.
 
     Raises:
+      TypeError: if the window is not one integer or two.
       ValueError: if `x` has another rank, or the window is larger than the image.
 
     Example:
@@ -32,7 +33,10 @@ def max_pool(x: jax.Array, window: int | tuple[int, int] = 2) -> jax.Array:
       >>> nn.max_pool(jnp.arange(9.0).reshape(1, 3, 3, 1)).ravel()
       Array([4.], dtype=float32)
     """
-    h, w = (window, window) if isinstance(window, int) else window
+    sizes = window if isinstance(window, tuple) else (window, window)
+    if len(sizes) != 2 or not all(isinstance(n, int | np.integer) for n in sizes):
+        raise TypeError(f"`max_pool(x, {window!r})` expects an integer or two as the window.")
+    h, w = (int(n) for n in sizes)
     if x.ndim != 4 or not (1 <= h <= x.shape[1] and 1 <= w <= x.shape[2]):
         raise ValueError(
             f"`max_pool(x, {window})` expects images `[batch, height, width, channels]`, no "

@@ -57,7 +57,7 @@ class WeightLeaf(Leaf):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "scale", "zero_point", "range"],
-    meta_fields=["format", "activation", "static", "value_dtype"],
+    meta_fields=["format", "activation", "static", "value_dtype", "via"],
 )
 @dataclasses.dataclass(frozen=True)
 class QArray(WeightLeaf):
@@ -75,10 +75,14 @@ class QArray(WeightLeaf):
     activation: Format | None  # of the activation; None: weight only
     static: bool  # the activation's range is a measured one
     value_dtype: Any  # of the array that this stands for
+    via: tuple[Any, ...] = ()  # dtypes that a function has rounded its values to, in order
 
     def materialise(self) -> jax.Array:
         """The dequantized weight, bit for bit what `fake_quant` gave in training."""
-        return self.format.decode(self.codes, self.grid).astype(self.value_dtype)
+        value = self.format.decode(self.codes, self.grid)
+        for dtype in (*self.via, self.value_dtype):
+            value = value.astype(dtype)
+        return value
 
     @property
     def grid(self) -> Grid:

@@ -27,7 +27,7 @@ from jopt.trace import Stat, rule
 
 from ._fake import straight_through
 from ._formats import Grid, Int
-from ._layout import shared_along
+from ._layout import full_along, shared_along
 from ._leaves import QArray, WeightLeaf
 
 Place = Callable[[jax.Array], jax.Array | None]
@@ -238,6 +238,11 @@ def _onto_result(coarse: jax.Array, axes: Axes, other: Axes, side: int) -> jax.A
     return moved.reshape(sizes[:batch] + ones + sizes[batch:])
 
 
+def _without_groups(coarse: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """A coarse array whose every axis has length 1 or the value's."""
+    return full_along(coarse, shape, [a for a, n in enumerate(coarse.shape) if n != 1])
+
+
 def _integer_dot(params: dict[str, Any], side: int, x: Any, weight: Any) -> jax.Array:
     (x_codes, x_grid, x_axes), (w_codes, w_grid, w_axes) = x, weight
     w_codes = w_codes.astype(jnp.int8)  # an int4 operand has no kernel on any backend
@@ -246,7 +251,7 @@ def _integer_dot(params: dict[str, Any], side: int, x: Any, weight: Any) -> jax.
         return _onto_result(coarse, x_axes, w_axes, 1 - side)
 
     def on_w(coarse: jax.Array) -> jax.Array:
-        return _onto_result(coarse, w_axes, x_axes, side)
+        return _onto_result(_without_groups(coarse, w_codes.shape), w_axes, x_axes, side)
 
     total = jax.lax.dot_general(
         *((w_codes, x_codes) if side == 0 else (x_codes, w_codes)),
@@ -275,6 +280,7 @@ def _integer_conv(params: dict[str, Any], x: jax.Array, grid: Grid, leaf: QArray
     x = _padded(x, grid, params)
 
     def on_features(coarse: jax.Array) -> jax.Array:
+        coarse = _without_groups(coarse, leaf.codes.shape)
         shape = [1] * x.ndim
         shape[numbers.out_spec[1]] = coarse.shape[numbers.rhs_spec[0]]
         return coarse.reshape(shape)

@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jopt import trees
 from jopt.trace import Leaf, rule
@@ -32,17 +33,31 @@ class Sum(Leaf):
 @rule(jax.lax.add_p, WeightLeaf)
 def _add(call: Any, left: Any, right: Any) -> Any:
     leaf, other = (left, right) if isinstance(left, WeightLeaf) else (right, left)
-    if leaf.always_dense or trees.is_typed(other) or other.shape != leaf.shape:
+    if leaf.always_dense or trees.is_typed(other):
         return NotImplemented
-    return Sum(leaf, other)
+    return Sum(leaf, jnp.broadcast_to(other, leaf.shape))
 
 
 @rule(jax.lax.add_p, Sum)
 def _add_more(call: Any, left: Any, right: Any) -> Any:
     leaf, other = (left, right) if isinstance(left, Sum) else (right, left)
-    if trees.is_typed(other) or other.shape != leaf.shape:
+    if trees.is_typed(other):
         return NotImplemented
-    return Sum(leaf.base, leaf.delta + other)
+    return Sum(leaf.base, leaf.delta + jnp.broadcast_to(other, leaf.shape))
+
+
+@rule(jax.lax.sub_p, WeightLeaf)
+def _subtract(call: Any, left: Any, right: Any) -> Any:
+    if not isinstance(left, WeightLeaf) or left.always_dense or trees.is_typed(right):
+        return NotImplemented
+    return Sum(left, -jnp.broadcast_to(right, left.shape))
+
+
+@rule(jax.lax.sub_p, Sum)
+def _subtract_more(call: Any, left: Any, right: Any) -> Any:
+    if not isinstance(left, Sum) or trees.is_typed(right):
+        return NotImplemented
+    return Sum(left.base, left.delta - jnp.broadcast_to(right, left.shape))
 
 
 @rule(jax.lax.dot_general_p, Sum)

@@ -65,6 +65,8 @@ def _broadcast(params: Any, coarse: jax.Array, shape: Shape, result: Shape) -> j
 
 @view(jax.lax.reshape_p)
 def _reshape(params: Any, coarse: jax.Array, shape: Shape, result: Shape) -> jax.Array:
+    if (order := params.get("dimensions")) is not None:  # read in another order than memory's
+        coarse, shape = jax.lax.transpose(coarse, order), tuple(shape[axis] for axis in order)
     sizes: list[int] = []
     for old, new in _blocks(shape, result):
         target = [result[axis] for axis in new]
@@ -186,7 +188,7 @@ def _gather(call: Any, leaf: WeightLeaf, indices: jax.Array) -> Any:
 
     def follow(c: jax.Array) -> jax.Array:
         groups = [a for a, n in enumerate(c.shape) if n not in (1, codes.shape[a])]
-        return take(full_along(c, codes.shape, groups))
+        return take(full_along(c, codes.shape, [*groups, *numbers.operand_batching_dims]))
 
     rows = leaf.joined(take(codes), jax.tree.map(follow, coarse)).materialise()
     if params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP:
@@ -210,12 +212,18 @@ def _stack(call: Any, *leaves: Any) -> Any:
 
 @rule(jax.lax.convert_element_type_p, WeightLeaf)
 def _convert(call: Any, leaf: WeightLeaf) -> Any:
-    """Codes stay codes; their values are then rounded once, to the new dtype."""
+    """Codes stay codes; their values are rounded as the function rounds them.
+
+    The dtype that the leaf itself has is no rounding: cast to a wider one, values are exact.
+    """
     dtype = call.params["new_dtype"]
     if leaf.always_dense or not jnp.issubdtype(dtype, jnp.floating):
         return NotImplemented
     if isinstance(leaf, QArray):
-        return dataclasses.replace(leaf, value_dtype=jnp.dtype(dtype))
+        old, new = jnp.finfo(leaf.value_dtype), jnp.finfo(dtype)
+        narrows = new.nmant <= old.nmant and new.maxexp <= old.maxexp
+        via = (*leaf.via, jnp.dtype(dtype)) if narrows else leaf.via
+        return dataclasses.replace(leaf, value_dtype=jnp.dtype(dtype), via=via)
     array, coarse = leaf.split()
     return leaf.joined(call.bind(array), coarse)
 

@@ -69,12 +69,14 @@ def baked(jaxpr: Any) -> tuple[Constant, ...]:
 def _gather(jaxpr: Any, found: dict[int, Constant]) -> None:
     jaxpr, values = compat.opened(jaxpr)
     named = dict(zip(jaxpr.constvars, values, strict=False))
-    for equation in jaxpr.eqns:
-        for atom in equation.invars:
+    readers = [(equation.invars, compat.source_of(equation)) for equation in jaxpr.eqns]
+    for atoms, used in [*readers, (jaxpr.outvars, "returned as it is")]:
+        for atom in atoms:
             value: Any = atom.val if isinstance(atom, compat.Literal) else named.get(atom)
             size = math.prod(getattr(value, "shape", ()))
             if size > 1 and id(value) not in found:
-                used, bits = compat.source_of(equation), size * trees.bits_of(value)
+                bits = size * trees.bits_of(value)
                 found[id(value)] = Constant(tuple(value.shape), value.dtype, -(-bits // 8), used)
+    for equation in jaxpr.eqns:
         for body in compat.bodies(equation):
             _gather(body, found)

@@ -38,6 +38,10 @@ def hoist(
 
     Values are hoisted out of `jit`, `checkpoint`, the branches of `cond` and the body of `scan`;
     there, what is made of the slices of stacked parameters is computed for all layers and stacked.
+    A value of a branch is then computed whether the branch is taken or not: where its derivative is
+    not finite (a square root at 0), a gradient through `hoisted` is NaN though that of `apply` is
+    not. Values made of every pair of entries take the memory of every pair.
+
     A `while` loop, a function with a derivative of its own, a `shard_map` and a kernel are hoisted
     whole or not at all, and so is an equation with effects: not at all.
 

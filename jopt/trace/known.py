@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from . import compat
 
@@ -73,7 +75,7 @@ class Graph:
     def constant(self, value: Any) -> Known:
         """A closed-over array or a literal; the latter is told by its value from trace to trace."""
         if isinstance(value, jax.Array) or np.ndim(value):
-            return self._add(("constant", id(value)), f"array {jax.typeof(value)}", value=value)
+            return self._add(("constant", id(value)), _told_array(value), value=value)
         text = f"literal {jax.typeof(value)} {value!r}"
         return self._add(text, text, value=value)
 
@@ -215,17 +217,42 @@ def _is_symbolic(equation: Any) -> bool:
 def _told(value: Any) -> Any:
     """What an equation's parameters say, as text that is the same in every trace."""
     if hasattr(compat.opened(value)[0], "eqns"):
-        equations = compat.opened(value)[0].eqns
-        return [
-            [e.primitive.name, _told(e.params), [str(v.aval) for v in e.outvars]] for e in equations
-        ]
+        return _told_body(value)
     if isinstance(value, dict):
         return [(key, _told(value[key])) for key in sorted(value)]
     if isinstance(value, tuple | list):
         return [_told(x) for x in value]
-    if value is None or isinstance(value, bool | int | float | str | np.dtype):
-        return str(value)
-    return type(value).__name__
+    text = repr(value)
+    return type(value).__name__ if " at 0x" in text else text  # of functions: addresses differ
+
+
+def _told_body(jaxpr: Any) -> list[Any]:
+    """What a nested body computes, its variables numbered in order."""
+    jaxpr, constants = compat.opened(jaxpr)
+    variables = [*jaxpr.constvars, *jaxpr.invars, *(v for e in jaxpr.eqns for v in e.outvars)]
+    numbers = {variable: i for i, variable in enumerate(variables)}
+
+    def name(atom: Any) -> str:
+        if not isinstance(atom, compat.Literal):
+            return f"{numbers[atom]} {atom.aval}"
+        value = atom.val
+        return _told_array(value) if np.ndim(value) else f"{jax.typeof(value)} {value!r}"
+
+    equations = [
+        [e.primitive.name, _told(e.params), [*map(name, e.invars)], [*map(name, e.outvars)]]
+        for e in jaxpr.eqns
+    ]
+    return [[_told_array(c) for c in constants], equations, [*map(name, jaxpr.outvars)]]
+
+
+def _told_array(value: Any) -> str:
+    """A constant array: its type and, unless it is being traced, what it holds."""
+    if isinstance(value, Tracer):
+        return f"array {jax.typeof(value)}"
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return f"key {_told_array(jax.random.key_data(value))}"
+    digest = hashlib.sha256(np.asarray(value).tobytes()).hexdigest()
+    return f"array {jax.typeof(value)} {digest}"
 
 
 def _depth(scope: Scope | None) -> int:

@@ -100,8 +100,12 @@ def follow(equation: Any, views: Sequence[View]) -> list[View]:
 
 
 def _reshape(equation: Any, views: Sequence[View]) -> View:
-    shape = equation.params["new_sizes"]
-    return views[0].map(lambda axes: refactored(axes, shape))
+    shape, order = equation.params["new_sizes"], equation.params.get("dimensions")
+
+    def moved(axes: Axes) -> Axes | None:
+        return refactored(axes if order is None else tuple(axes[i] for i in order), shape)
+
+    return views[0].map(moved)
 
 
 def refactored(axes: Axes, shape: Sequence[int]) -> Axes | None:

@@ -233,31 +233,29 @@ def _found(traced: Program) -> list[_Found]:
     finder = _Finder()
     visit(traced, finder)
     typed = {operand.path for operand in traced.operands if operand.typed and operand.parameter}
+    taken = {(found.tap.kind, found.tap.name) for found in finder.found}
     seen: dict[tuple[str, str], int] = {}
     numbered = []
     for found in finder.found:
         tap = found.tap
         if tap.kind == "parameter" and tap.name in typed:
             tap = tap._replace(closed="a typed leaf's own operations; say `lift(taps(...))`")
-        count = seen[tap.kind, tap.name] = seen.get((tap.kind, tap.name), -1) + 1
-        name = f"{tap.name}#{count}" if count else tap.name
+        name, count = tap.name, seen.get((tap.kind, tap.name), 0)
+        while count and (tap.kind, name := f"{tap.name}#{count}") in taken:
+            count += 1  # that is what another one is called
+        seen[tap.kind, tap.name] = count + 1
         numbered.append(found._replace(tap=tap._replace(name=name)))
     return numbered
 
 
 def _selected(found: Sequence[_Found], select: Select) -> list[_Found]:
     """The taps that are asked for; each name once, checkpoint names first, then modules."""
-    by_name: dict[str, _Found] = {}
-    for kind in ("checkpoint", "module", "parameter"):
-        for one in found:
-            if one.tap.kind == kind:
-                by_name.setdefault(one.tap.name, one)
-    known = [one for one in found if by_name[one.tap.name] is one]
     if callable(select):
-        chosen = [one for one in known if select(one.tap)]
+        chosen = _once([one for one in found if select(one.tap)])
         if not chosen:
             raise ValueError(_nothing("`taps(apply, <predicate>)`", found))
     else:
+        known = _once(found)
         globs = [select] if isinstance(select, str) else list(select)
         for glob in globs:
             if not any(trees.matches(glob, one.tap.name, None) for one in known):
@@ -270,6 +268,15 @@ def _selected(found: Sequence[_Found], select: Select) -> list[_Found]:
                 "Tap a value outside of it, or return this one from the function itself."
             )
     return chosen
+
+
+def _once(found: Sequence[_Found]) -> list[_Found]:
+    by_name: dict[str, _Found] = {}
+    for kind in ("checkpoint", "module", "parameter"):
+        for one in found:
+            if one.tap.kind == kind:
+                by_name.setdefault(one.tap.name, one)
+    return [one for one in found if by_name[one.tap.name] is one]
 
 
 def _nothing(call: str, found: Sequence[_Found], glob: str = "") -> str:

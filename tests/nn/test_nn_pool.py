@@ -106,3 +106,10 @@ def test_max_pool_under_vmap_and_exported_with_a_symbolic_batch():
 def test_max_pool_says_what_does_not_fit(shape, window):
     with pytest.raises(ValueError, match=rf"`max_pool\(x, {window}\)` expects images"):
         nn.max_pool(jnp.zeros(shape), window)
+
+
+@pytest.mark.parametrize("window", [(2,), 2.0, "22", (2, 2.0)])
+def test_a_window_is_one_integer_or_two(window):
+    with pytest.raises(TypeError, match="expects an integer or two as the window"):
+        nn.max_pool(jnp.zeros((1, 4, 4, 1)), window)
+    np.testing.assert_array_equal(nn.max_pool(jnp.ones((1, 4, 4, 1)), np.int64(2)), 1)

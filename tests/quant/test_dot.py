@@ -197,3 +197,23 @@ def test_a_nan_activation_shows():
     np.testing.assert_array_equal(jnp.isnan(f(trained, x)).any(1), [False, True, False])
     dynamic = weight(params["w"], SPECS["w8a8"], (-2,))
     assert jnp.isnan(f(dynamic, x)).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w, x: jnp.einsum("b,io->bio", x[:, 0], w),
+        lambda w, x: jnp.einsum("bi,io->bio", x, w),
+        lambda w, x: x[:, :1] @ w[:, :1].T,
+        lambda w, x: jnp.tensordot(x, jnp.broadcast_to(w[None], (8, 8, 6)), 1),
+    ],
+)
+def test_groups_along_an_axis_that_is_kept(symmetric, function):
+    rng = np.random.default_rng(0)
+    weight = Int(4, symmetric=symmetric, granularity="group", group_size=4)
+    w, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 6), (3, 8)))
+    leaf = quantize(w, Spec(weight, Int(8)))
+    ours = jax.jit(lift(function))(leaf, x)
+    expected = function(leaf.materialise(), x)
+    np.testing.assert_allclose(ours, expected, atol=0.03 * float(jnp.abs(expected).max()))

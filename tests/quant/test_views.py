@@ -254,3 +254,70 @@ def test_an_array_does_not_go_into_codes():
     table = quantize(jnp.ones((8, 6)), Int(8))
     with pytest.raises(ValueError, match="cannot serve these operands"):
         lift(lambda p, x: jax.lax.dynamic_update_slice(p, x, (0, 0)))(table, jnp.ones((2, 6)))
+
+
+@pytest.mark.parametrize(
+    "format", [Int(8), Int(8, symmetric=False), Int(4, granularity="group", group_size=2)]
+)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w, x: x @ w.reshape((6, 4), order="F").T,
+        lambda w, x: x @ jax.lax.reshape(w, (4, 6), (1, 0)),
+        lambda w, x: x * w.ravel(order="F")[None, :4],
+    ],
+)
+def test_reshapes_in_another_order_take_the_scales_along(format, function):
+    rng = np.random.default_rng(0)
+    leaf = quantize(jnp.asarray(rng.normal(size=(4, 6)), jnp.float32), format)
+    x = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
+    ours = jax.jit(lift(function, allow_dense=True))(leaf, x)
+    np.testing.assert_allclose(ours, function(leaf.materialise(), x), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_an_ensemble_of_convolutions_keeps_its_groups(symmetric):
+    rng = np.random.default_rng(0)
+    format = Int(4, symmetric=symmetric, granularity="group", group_size=2)
+    kernels = quantize(jnp.asarray(rng.normal(size=(2, 3, 3, 4, 8)), jnp.float32), format)
+    image = jnp.asarray(rng.normal(size=(1, 5, 5, 4)), jnp.float32)
+
+    def convolve(kernel, image):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            image, kernel, (1, 1), "SAME", dimension_numbers=numbers
+        )
+
+    mapped = jax.vmap(convolve, (0, None))
+    ours = jax.jit(lift(mapped, allow_dense=True))(kernels, image)
+    np.testing.assert_allclose(ours, mapped(kernels.materialise(), image), 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w, i: jnp.take_along_axis(w, i, axis=1),
+        lambda w, i: jnp.take_along_axis(w, i, axis=0),
+        lambda w, i: jax.vmap(lambda row, j: row[j])(w, i),
+    ],
+)
+def test_gathers_along_batched_axes(granularity, function):
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
+    leaf = quantize(weight, Int(8, granularity=granularity))
+    index = jnp.arange(24).reshape(4, 6) % 4
+    ours = jax.jit(lift(function))(leaf, index)
+    np.testing.assert_array_equal(ours, function(leaf.materialise(), index))
+
+
+def test_casts_round_as_those_of_an_array_do():
+    leaf = quantize(jnp.linspace(-3e5, 3e5, 24).reshape(4, 6), Int(8))
+    for through in (jnp.bfloat16, jnp.float16):
+
+        def function(w, x, through=through):
+            return x @ w.astype(through).astype(jnp.float32)
+
+        x = jnp.ones((2, 4))
+        ours, theirs = lift(function)(leaf, x), function(leaf.materialise(), x)
+        np.testing.assert_allclose(ours, theirs, 1e-6)
+    assert np.isnan(theirs).any() or np.isinf(theirs).any()

@@ -95,6 +95,9 @@ def test_two_rules_for_one_primitive_are_refused():
         (lambda w, x: x @ jnp.tile(w, (1, 3)), (6, 5), (-2,)),
         (lambda w, x: x @ jnp.tile(w, (2, 1)), (3, 5), (-2,)),
         (lambda w, x: x @ jnp.concatenate([w.T, w.T], 1), (5, 6), (-1,)),
+        (lambda w, x: x @ jax.lax.reshape(w, (6, 5), (1, 0)), (5, 6), (-1,)),
+        (lambda w, x: x @ jax.lax.reshape(w, (6, 6), (1, 0)), (6, 6), (-1,)),
+        (lambda w, x: x @ jax.lax.reshape(w, (6, 10), (1, 2, 0)), (5, 6, 2), (-2,)),
     ],
 )
 def test_layouts_that_are_followed(function, shape, expected):
@@ -122,3 +125,5 @@ def test_constants_are_listed_and_large_ones_warned_of():
     with pytest.warns(UserWarning, match=rf"`lift\(apply\)`: {words}"):
         lift(apply)(scaled(p), X)
     assert constants(lambda p, x: x @ p, p, X) == ()
+    (returned,) = constants(lambda p, x: (x @ p, weights), p, X)
+    assert (returned.shape, returned.source) == ((512, 600), "returned as it is")

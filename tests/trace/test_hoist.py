@@ -5,6 +5,7 @@ import flax.linen as nn
 import hypothesis
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 from jax import lax
@@ -389,3 +390,31 @@ def test_random_programs(steps):
     assert remaining(rest, hoisted, x) == []
     tolerance = 2e-3 if any(name == "cast" for name, *_ in steps) else 2e-5
     close(rest(hoisted, x), program(params, x), tolerance)
+
+
+def _by_constant(p, x):
+    return x @ (p * jnp.asarray(np.array([1.0, x.shape[0], 1.0, 1.0], np.float32))[:, None])
+
+
+def _by_literal_in_a_body(p, x):
+    def body(carry, _):
+        return carry * (1.0 + x.shape[0]), None
+
+    return x @ lax.scan(body, p, None, length=2)[0]
+
+
+def _by_wiring_of_a_body(p, x):
+    def body(carry, _):
+        a, b = carry
+        return ((a - b, b) if x.shape[0] == 3 else (b - a, b)), None
+
+    return x @ lax.scan(body, (p, 2.0 * p), None, length=1)[0][0]
+
+
+@pytest.mark.parametrize("function", [_by_constant, _by_literal_in_a_body, _by_wiring_of_a_body])
+def test_inputs_that_change_what_parameters_become_are_refused(function):
+    p, x = jnp.eye(4) + 1.0, jnp.ones((3, 4))
+    rest, hoisted = hoist(function, p, x)
+    np.testing.assert_allclose(rest(hoisted, 2 * x), function(p, 2 * x), rtol=1e-6)
+    with pytest.raises(ValueError, match="what it did not when hoisted"):
+        rest(hoisted, x[:2])

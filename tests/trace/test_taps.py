@@ -242,3 +242,23 @@ def test_an_operation_without_results_has_no_value_to_name():
 
     _, found = taps(function, "**")(W, X)
     close(found, {"": X @ W})
+
+
+def test_a_number_is_not_another_parameters_name():
+    p = {"d": W, "d#1": normal(12, 6, 3)}
+
+    def function(p, x):
+        return (x @ p["d"]) @ p["d"].T @ p["d#1"]
+
+    out, found = taps(function, "d*")(p, X)
+    close(found, {"d": X @ W, "d#2": X @ W @ W.T, "d#1": out})
+
+
+def test_a_predicate_reaches_each_kind_of_a_name():
+    def function(p, x):
+        with jax.named_scope("hidden"):
+            return jnp.tanh(x @ p["hidden"])
+
+    for kind, value in [("parameter", X @ W), ("module", jnp.tanh(X @ W))]:
+        _, found = taps(function, lambda tap, kind=kind: tap.kind == kind)({"hidden": W}, X)
+        close(found, {"hidden": value})
