@@ -30,10 +30,15 @@ class Sum(Leaf):
         return self.base.materialise() + self.delta
 
 
+def _fits(call: Any, leaf: Leaf, other: Any) -> bool:
+    """Whether the result is still a weight, which a bias that meets activations is not."""
+    return not trees.is_typed(other) and call.out[0].shape == leaf.shape
+
+
 @rule(jax.lax.add_p, WeightLeaf)
 def _add(call: Any, left: Any, right: Any) -> Any:
     leaf, other = (left, right) if isinstance(left, WeightLeaf) else (right, left)
-    if leaf.always_dense or trees.is_typed(other):
+    if leaf.always_dense or not _fits(call, leaf, other):
         return NotImplemented
     return Sum(leaf, jnp.broadcast_to(other, leaf.shape))
 
@@ -41,21 +46,21 @@ def _add(call: Any, left: Any, right: Any) -> Any:
 @rule(jax.lax.add_p, Sum)
 def _add_more(call: Any, left: Any, right: Any) -> Any:
     leaf, other = (left, right) if isinstance(left, Sum) else (right, left)
-    if trees.is_typed(other):
+    if not _fits(call, leaf, other):
         return NotImplemented
     return Sum(leaf.base, leaf.delta + jnp.broadcast_to(other, leaf.shape))
 
 
 @rule(jax.lax.sub_p, WeightLeaf)
 def _subtract(call: Any, left: Any, right: Any) -> Any:
-    if not isinstance(left, WeightLeaf) or left.always_dense or trees.is_typed(right):
+    if not isinstance(left, WeightLeaf) or left.always_dense or not _fits(call, left, right):
         return NotImplemented
     return Sum(left, -jnp.broadcast_to(right, left.shape))
 
 
 @rule(jax.lax.sub_p, Sum)
 def _subtract_more(call: Any, left: Any, right: Any) -> Any:
-    if not isinstance(left, Sum) or trees.is_typed(right):
+    if not isinstance(left, Sum) or not _fits(call, left, right):
         return NotImplemented
     return Sum(left.base, left.delta - jnp.broadcast_to(right, left.shape))
 

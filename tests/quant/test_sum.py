@@ -76,6 +76,21 @@ def test_under_vmap_and_exported():
     assert whole.platforms == ("cpu", "cuda", "tpu")
 
 
+def test_a_bias_that_meets_activations_is_no_weight():
+    bias = quant.quantize(jnp.ones((1, 8)), [("", quant.Int(8, granularity="tensor"))])
+    with pytest.raises(ValueError, match="for `add` cannot serve these operands"):
+        lift(lambda b, x: jax.lax.add(x @ W, jnp.broadcast_to(b, (1, 8))))(bias, X)
+
+
+def test_scalars_and_differences():
+    def function(p, x):
+        return x @ ((p["w"] - p["w2"] + 1.0) - 2.0 * p["w2"])
+
+    params = {"w": WEIGHTS["w"], "w2": W}
+    expected = function({"w": WEIGHTS["w"].materialise(), "w2": W}, X)
+    np.testing.assert_allclose(jax.jit(lift(function))(params, X), expected, 1e-4, 1e-4)
+
+
 def test_what_is_not_linear_is_dense():
     with pytest.raises(ValueError, match="`tanh` has no rule for `Sum`"):
         lift(lambda p, x: x @ jnp.tanh(p["w"] + 1.0 * p["w2"]))({**WEIGHTS, "w2": W}, X)
