@@ -14,17 +14,18 @@ def max_pool(x: jax.Array, window: int | tuple[int, int] = 2) -> jax.Array:
 
     Rows and columns left over at the bottom and the right are dropped, as by `"VALID"`. Of several
     equal values the first, row by row, takes the derivative, as in `jax.lax.reduce_window` and
-    PyTorch.
+    PyTorch. A window that holds a NaN gives NaN; which of its values takes the derivative then is
+    not defined.
 
     Args:
-      x: images `[batch, height, width, channels]`.
+      x: images `[batch, height, width, channels]`; numbers, no booleans.
       window: its height and width, the same or `(height, width)`.
 
     Returns:
       `[batch, height // h, width // w, channels]`.
 
     Raises:
-      TypeError: if the window is not one integer or two.
+      TypeError: if the window is not one integer or two, or the images are booleans.
       ValueError: if `x` has another rank, or the window is larger than the image.
 
     Example:
@@ -42,6 +43,8 @@ def max_pool(x: jax.Array, window: int | tuple[int, int] = 2) -> jax.Array:
             f"`max_pool(x, {window})` expects images `[batch, height, width, channels]`, no "
             f"smaller than the window; got shape {x.shape}."
         )
+    if jnp.issubdtype(x.dtype, jnp.bool_):
+        raise TypeError("`max_pool(x, window)` got booleans: convert them, `x.astype(jnp.int8)`.")
     implementations = {
         "lax": functools.partial(_by_lax, window=(h, w)),
         "reshape": functools.partial(_by_reshape, window=(h, w)),

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._layout import grouped, spread
+from jopt.trace.layered import spread
 
-Granularity = Literal["channel", "tensor", "group"]
+from ._layout import grouped
+
+Granularity = Literal["channel", "tensor", "group", "token"]
 Rounding = Literal["nearest", "floor", "stochastic"]
 
 # The smallest normal float32: smaller scales are flushed to zero, and their reciprocals overflow.
@@ -88,7 +90,8 @@ class Int(Format):
       bits: 2 to 8. Up to 4 bits are held in int4, more in int8.
       symmetric: no zero point.
       granularity: what shares a scale: `"channel"` one output channel, `"tensor"` one weight
-        matrix, `"group"` `group_size` consecutive inputs of one output channel.
+        matrix, `"group"` `group_size` consecutive inputs of one output channel; `"token"`, for
+        activations, one row: everything that a product does not sum over has a scale of its own.
       group_size: for `"group"`; divides the number of inputs.
       rounding: `"nearest"` (ties to even), `"floor"` (q = ⌊x / scale⌋, error up to one step) or
         `"stochastic"` (up with the probability of the fraction, so the mean is exact; needs a key).

@@ -1,14 +1,8 @@
-"""Which axes of a weight share a scale, and arrays that are coarser than the weight they belong to.
-
-Scales, zero points and activation ranges have the rank of their weight. Along each axis they have
-the weight's size, or 1 (shared), or the number of groups of consecutive entries. Axes count from
-the end, so that scan and vmap may slice leading ones.
-"""
+"""Which axes of a weight share a scale, counted from the end; and groups of consecutive inputs."""
 
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
 
 def contracted(ndim: int) -> tuple[int, ...]:
@@ -29,7 +23,8 @@ def shared_axes(
     """The axes along which one scale serves all values, counted from the end.
 
     Args:
-      granularity: `"channel"`, `"tensor"` or `"group"` (whose groups lie along the axis returned).
+      granularity: `"channel"`, `"tensor"`, `"token"` (an activation's last axis) or `"group"` (whose
+        groups lie along the axis returned).
       ndim: rank of the weight.
       contract: axes that products sum over. Default: `contracted(ndim)`.
       stacked: how many leading axes count layers. Default: one for rank 3, none for other ranks.
@@ -38,6 +33,8 @@ def shared_axes(
         contract = contracted(ndim)
     if granularity == "group":
         return (max(contract),)
+    if granularity == "token":
+        return (-1,)
     if granularity == "channel":
         return contract
     if stacked is None:
@@ -55,24 +52,3 @@ def grouped(x: jax.Array, axes: Sequence[int], size: int) -> tuple[jax.Array, tu
         )
     shape = (*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
     return x.reshape(shape), (axis + 1,)
-
-
-def spread(coarse: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Repeats groups, so that `coarse` broadcasts against `shape`; shared axes stay 1."""
-    for axis, size in enumerate(shape):
-        if coarse.shape[axis] not in (1, size):
-            coarse = jnp.repeat(coarse, size // coarse.shape[axis], axis=axis)
-    return coarse
-
-
-def full_along(coarse: jax.Array, shape: Sequence[int], axes: Sequence[int]) -> jax.Array:
-    """Repeats `coarse` to the whole size of `shape` along `axes`."""
-    for axis in axes:
-        if coarse.shape[axis] != shape[axis]:
-            coarse = jnp.repeat(coarse, shape[axis] // coarse.shape[axis], axis=axis)
-    return coarse
-
-
-def shared_along(coarse: jax.Array | None, axes: Sequence[int]) -> bool:
-    """Whether `coarse` is the same along `axes`."""
-    return coarse is None or all(coarse.shape[axis] == 1 for axis in axes)

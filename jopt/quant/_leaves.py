@@ -4,7 +4,6 @@ Both stand for an array, and both may say how the other operand of their product
 activation: on a range measured beforehand (static) or found in each call (dynamic).
 """
 
-import abc
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -14,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jopt import trees
-from jopt.trace import Leaf
+from jopt.trace import Layered
+from jopt.trace.layered import spread
 
 from ._fake import on_grid, straight_through
 from ._formats import Format, Grid
-from ._layout import spread
 
 
 class Range(NamedTuple):
@@ -32,8 +31,8 @@ class Range(NamedTuple):
     high: jax.Array  # float32, at least 0
 
 
-class WeightLeaf(Leaf):
-    """A leaf that the rules for products and views know: an array, and coarser ones beside it.
+class WeightLeaf(Layered):
+    """A leaf that the rules for products know: an array, and coarser ones beside it.
 
     Attributes:
       range: the activation's measured range, or None.
@@ -44,14 +43,6 @@ class WeightLeaf(Leaf):
     range: Range | None
     activation: Format | None
     static: bool
-
-    @abc.abstractmethod
-    def split(self) -> tuple[jax.Array, Any]:
-        """The array of the value's shape, and a pytree of arrays coarser than it."""
-
-    @abc.abstractmethod
-    def joined(self, array: jax.Array, coarse: Any) -> "WeightLeaf":
-        """This leaf with other arrays."""
 
 
 @functools.partial(

@@ -20,9 +20,10 @@ PyTree = Any
 class Spec:
     """How a weight is quantized, and the activation that meets it in products.
 
-    An activation has one range for the whole tensor, whatever the granularity of its format: the
-    smallest and largest value of the operand in each call (dynamic), or those that `calibrate` has
-    seen (static).
+    An activation has one range for the whole tensor: the smallest and largest value of the operand
+    in each call (dynamic), or those that `calibrate` has seen (static). With
+    `granularity="token"` each row has its own, found in each call: one scale for what a product
+    sums over (in a convolution, for an example).
 
     Under `vmap` of a lifted function each mapped example has a range of its own.
 
@@ -45,6 +46,11 @@ class Spec:
         for name, format in (("weight", self.weight), ("activation", self.activation)):
             if not isinstance(format, Format) and (name == "weight" or format is not None):
                 raise TypeError(f"`Spec({name}={format!r})`: expected a format, such as `Int(8)`.")
+        if self.weight.granularity == "token":
+            raise ValueError(
+                f"`Spec(weight={self.weight})`: tokens are rows of an activation; a weight has "
+                '`granularity="channel"`, "tensor" or "group".'
+            )
         if self.activation is None:
             if self.static:
                 raise ValueError(
@@ -56,6 +62,11 @@ class Spec:
             raise ValueError(
                 f"`Spec(activation={self.activation})`: an activation has one range for the whole "
                 "tensor; groups are for weights."
+            )
+        if self.activation.granularity == "token" and self.static:
+            raise ValueError(
+                f"`Spec(activation={self.activation}, static=True)`: the scales of tokens are found "
+                "in each call; leave `static=False`."
             )
         if self.activation.rounding == "stochastic":
             raise ValueError(

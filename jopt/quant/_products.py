@@ -24,10 +24,10 @@ import jax.numpy as jnp
 
 from jopt import trees
 from jopt.trace import Stat, rule
+from jopt.trace.layered import full_along, shared_along
 
 from ._fake import straight_through
 from ._formats import Grid, Int
-from ._layout import full_along, shared_along
 from ._leaves import QArray, WeightLeaf
 
 Place = Callable[[jax.Array], jax.Array | None]

@@ -85,6 +85,39 @@ def _view(call: Any, leaf: Sum, *indices: Any) -> Any:
     return Sum(base, delta) if trees.is_typed(base) else base + delta
 
 
+@rule(jax.lax.split_p, Sum)
+@rule(jax.lax.unstack_p, Sum)
+def _parts(call: Any, leaf: Sum) -> Any:
+    """Pieces of the one and pieces of the other."""
+    pairs = zip(call.bind(leaf.base), call.bind(leaf.delta), strict=True)
+    return [Sum(base, delta) for base, delta in pairs]
+
+
+@rule(jax.lax.concatenate_p, Sum)
+@rule(jax.lax.stack_p, Sum)
+def _together(call: Any, *leaves: Any) -> Any:
+    """Sums side by side, and quantized weights to which nothing was added."""
+    if not all(isinstance(leaf, Sum | WeightLeaf) for leaf in leaves):
+        return NotImplemented
+    base = call.bind(*(leaf.base if isinstance(leaf, Sum) else leaf for leaf in leaves))
+    delta = call.bind(*(_delta(leaf) for leaf in leaves))
+    return Sum(base, delta) if trees.is_typed(base) else base + delta
+
+
+def _delta(leaf: Sum | WeightLeaf) -> jax.Array:
+    if isinstance(leaf, Sum):
+        return leaf.delta
+    return jnp.zeros_like(leaf.split()[0], leaf.dtype)
+
+
+@rule(jax.lax.gather_p, Sum)
+def _gather(call: Any, leaf: Any, indices: Any) -> Any:
+    """Rows of an embedding."""
+    if not isinstance(leaf, Sum) or trees.is_typed(indices):
+        return NotImplemented
+    return call.bind(leaf.base, indices) + call.bind(leaf.delta, indices)
+
+
 for _primitive in (
     *(jax.lax.transpose_p, jax.lax.reshape_p, jax.lax.squeeze_p, jax.lax.broadcast_in_dim_p),
     *(jax.lax.slice_p, jax.lax.rev_p, jax.lax.dynamic_slice_p, jax.lax.convert_element_type_p),

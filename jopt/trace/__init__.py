@@ -6,6 +6,8 @@ from .constants import Constant as Constant
 from .constants import constants as constants
 from .frame import Met as Met
 from .hoist import hoist as hoist
+from .layered import Layered as Layered
+from .layered import Table as Table
 from .leaf import Leaf as Leaf
 from .rules import rule as rule
 from .sites import Site as Site

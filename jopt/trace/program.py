@@ -65,6 +65,7 @@ def program(
         args, kwargs = jax.tree.unflatten(structure, filled)
         return apply(*args, **kwargs)
 
+    flat_apply.__name__ = getattr(apply, "__name__", type(apply).__name__)  # JAX's errors name it
     avals = [aval_of(o.value) if trees.is_typed(o.value) else o.value for o in operands]
     jaxpr, out = jax.make_jaxpr(flat_apply, return_shape=True)(*avals)
     return Program(jaxpr, tuple(operands), out)

@@ -37,10 +37,32 @@ def convolved(p, x):
     return jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=numbers)
 
 
+def fused(p, x):
+    kernel = jnp.concatenate([p["w"] + p["down"] @ p["up"], p["w"] - 1.0 * p["down"] @ p["up"]], 1)
+    first, second = jnp.split(x @ kernel, 2, axis=1)
+    return first * second
+
+
+def fused_with_a_plain_one(p, x):
+    kernel = jnp.concatenate([p["w"], p["w"] + p["down"] @ p["up"]], axis=1)
+    return x @ kernel
+
+
+def taken_apart(p, x):
+    first, second = jnp.split(p["w"] + p["down"] @ p["up"], 2, axis=1)
+    return jnp.concatenate([x @ first, x @ second], axis=1)
+
+
+def stacked(p, x):
+    kernels = jnp.stack([p["w"] + p["down"] @ p["up"], p["w"]])
+    return jnp.einsum("bi,kio->kbo", x, kernels)
+
+
 FUNCTIONS = [merged, merged_twice, seen_differently, convolved]
+TOGETHER = [(fused, 1), (fused_with_a_plain_one, 1), (taken_apart, 2), (stacked, 1)]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, *(function for function, _ in TOGETHER)])
 def test_equals_the_sum_of_the_dequantized_weight(function):
     expected = function(WEIGHTS | {"w": WEIGHTS["w"].materialise()}, X)
     np.testing.assert_allclose(jax.jit(lift(function))(WEIGHTS, X), expected, 1e-4, 1e-4)
@@ -54,6 +76,26 @@ def test_the_product_is_one_of_integers_and_close(function):
     expected = function(PARAMS, X)
     error = jnp.abs(jax.jit(lift(function))(CODED, X) - expected).max()
     assert 0 < error < 0.02 * jnp.abs(expected).max()
+
+
+@pytest.mark.parametrize(("function", "products"), TOGETHER)
+def test_sums_side_by_side_and_apart_stay_integers(function, products):
+    found = explain(function, CODED, X)
+    assert not any(met.dense for met in found)
+    assert [met.how for met in found].count("a product of integers") == products
+    expected = function(PARAMS, X)
+    error = jnp.abs(jax.jit(lift(function))(CODED, X) - expected).max()
+    assert 0 < error < 0.04 * jnp.abs(expected).max()
+
+
+def test_rows_of_a_sum_are_rows_of_either():
+    def rows(p, places):
+        return (p["w"] + p["down"] @ p["up"])[places]
+
+    places = jnp.array([5, 0, 5])
+    dense = WEIGHTS | {"w": WEIGHTS["w"].materialise()}
+    np.testing.assert_allclose(lift(rows)(WEIGHTS, places), rows(dense, places), 1e-6, 1e-6)
+    assert not any(met.dense for met in explain(rows, WEIGHTS, places))
 
 
 def test_adapters_over_integers_have_the_derivatives_of_the_dense_sum():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jopt.quant import FakeQuant, Int, QArray, Spec, calibrate, qat, quantize
-from jopt.quant._views import _blocks, _regroup
+from jopt.trace.layered import _blocks, _regroup
 from jopt.trace import explain, lift
 
 GROUP = Int(4, granularity="group", group_size=4)
