@@ -14,6 +14,10 @@ from .sites import Site as Site
 from .sites import Use as Use
 from .sites import flops as flops
 from .sites import sites as sites
+from .stages import Stop as Stop
+from .stages import Target as Target
+from .stages import staged as staged
+from .stages import target_of as target_of
 from .stats import Stat as Stat
 from .stats import merge as merge
 from .taps import Tap as Tap
@@ -23,6 +27,12 @@ from .walk import Call as Call
 from .walk import collect as collect
 from .walk import explain as explain
 from .walk import lift as lift
+from .watch import Activation as Activation
+from .watch import Measure as Measure
+from .watch import Watched as Watched
+from .watch import gram as gram
+from .watch import moments as moments
+from .watch import watched as watched
 
 # Importing these registers what `lift` does with constructs that have bodies, and with operations
 # that change no value.

@@ -89,6 +89,12 @@ def run(jaxpr: Jaxpr, equations: Sequence[Equation], names: dict, keep: Sequence
     Binding, contexts, source lines and effects all stay JAX's affair. `names` maps variables to
     values.
     """
+    part = part_of(jaxpr, equations, keep)
+    return eval_jaxpr(part, (), *(names[variable] for variable in part.invars))
+
+
+def part_of(jaxpr: Jaxpr, equations: Sequence[Equation], keep: Sequence[Any]) -> Jaxpr:
+    """Equations of `jaxpr` as one of its own: its inputs what they need, its results `keep`."""
     made: set[Any] = set()
     needed: dict[Any, None] = {}
     for equation in equations:
@@ -96,14 +102,14 @@ def run(jaxpr: Jaxpr, equations: Sequence[Equation], names: dict, keep: Sequence
             if not isinstance(atom, Literal) and atom not in made:
                 needed[atom] = None
         made.update(equation.outvars)
-    part = jaxpr.replace(
+    needed.update(dict.fromkeys(v for v in keep if v not in made))
+    return jaxpr.replace(
         constvars=(),
         invars=list(needed),
         outvars=list(keep),
         eqns=list(equations),
         debug_info=jaxpr.debug_info.with_unknown_names(),
     )
-    return eval_jaxpr(part, (), *(names[variable] for variable in needed))
 
 
 def bind(equation: Equation, operands: Sequence[Any]) -> list[Any]:

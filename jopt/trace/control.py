@@ -2,11 +2,13 @@
 
 A typed leaf goes into a body as a constant or as a scan's `xs`, its arrays sliced with it. What
 leaves a body through a carry or out of a branch has one type in every iteration and branch, so it
-is materialised there. A leaf rule registered for a construct goes first.
+is materialised there, unless it is of a kind that travels and all of them agree on it. A leaf rule
+registered for a construct goes first.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +18,13 @@ from jax.sharding import NamedSharding
 
 from . import compat, stats
 from .frame import Frame, Tracked
+from .layered import Layered
 from .rules import structure
 from .through import placement
-from .walk import dense, evaluate, leaving, materialised
+from .walk import dense, evaluate, leaving, materialised, settled
 
 _CARRY = "it is carried from iteration to iteration"
+_OUT = "it leaves the body, which gives back arrays"
 
 
 @structure(*compat.INLINE)
@@ -61,7 +65,7 @@ def _remat(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
         # undo the recomputation; calling `jax.checkpoint` again would not set that one.
         behind = iter(jax.lax.optimization_barrier(list(itertools.compress(operands, barred))))
         inside = [next(behind) if b else x for b, x in zip(barred, operands, strict=True)]
-        return dense_outputs(equation, frame, compat.body_of(equation), inside)
+        return dense_outputs(equation, frame, compat.body_of(equation), inside, travel=True)
 
     results, records = jax.checkpoint(body, prevent_cse=cse, policy=params["policy"])(*operands)
     hand_over(frame, records)
@@ -74,40 +78,46 @@ def _scan(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
     params = equation.params
     split, carried = compat.scan_counts(equation)
     constants = [_entering(x, sliced=False) for x in operands[:split]]
-    init = [leaving(frame, equation, x, _CARRY) for x in operands[split : split + carried]]
+    init = [_entering(x, sliced=False) for x in operands[split : split + carried]]
     xs = [
         _entering(_stacked(x, params["length"], equation), sliced=True)
         for x in operands[split + carried :]
     ]
+    slices = (xs, frame.given_inside(equation))
 
     def once(carry: Any, x: Any) -> Any:
-        operands = [*constants, *carry, *x]
-        return dense_outputs(equation, frame, params["jaxpr"], operands, scans=1)
+        x, given = x
+        inside, operands = dataclasses.replace(frame, given=given), [*constants, *carry, *x]
+        return dense_outputs(equation, inside, params["jaxpr"], operands, scans=1, travel=True)
 
     def body(carry: Any, x: Any) -> Any:
         carry, kept = carry
         results, records = once(carry, x)
         merged, stacked = _leaving(records)
         kept = {name: stats.merged(name, kept[name], merged[name]) for name in kept}
-        return (results[:carried], kept), (results[carried:], stacked)
+        back = _like(carry, frame, equation, results[:carried])
+        return (back, kept), (results[carried:], stacked)
 
-    def first(init: Any, xs: Any) -> Any:
-        x = jax.tree.map(lambda array: array[0], xs)
-        return _leaving(once(init, x)[1])
+    def first(init: Any, slices: Any) -> Any:
+        results, records = once(init, jax.tree.map(lambda array: array[0], slices))
+        return results[:carried], _leaving(records)[0]
 
-    kept = {}
+    def shapes(init: Any) -> Any:
+        return jax.eval_shape(first, init, slices)
+
+    init, kept = _lasting(init, frame, equation, shapes, params["length"] > 0), {}
     if frame.recorder is not None and params["length"] > 0:
-        kept = stats.identity(jax.eval_shape(first, init, xs)[0])
+        kept = stats.identity(shapes(init)[1])
     (carry, kept), (ys, stacked) = jax.lax.scan(
         body,
         (init, kept),
-        xs,
+        slices,
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
     hand_over(frame, {**kept, **stacked})
-    return [*carry, *ys]
+    return [_outside(x) for x in (*carry, *ys)]
 
 
 @structure(compat.WHILE)
@@ -116,28 +126,30 @@ def _while(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
     first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     conditions, constants = operands[:first], operands[first:second]
     constants = [_entering(x, sliced=False) for x in constants]
-    init = [leaving(frame, equation, x, _CARRY) for x in operands[second:]]
+    init = [_entering(x, sliced=False) for x in operands[second:]]
 
     def condition(carry: Any) -> Any:
-        values = evaluate(frame.silent(), params["cond_jaxpr"], [*conditions, *carry[0]])
+        values = evaluate(frame.silent(equation), params["cond_jaxpr"], [*conditions, *carry[0]])
         return materialised(values[0])
 
     def step(carry: Any) -> Any:
         results, records = dense_outputs(
-            equation, frame, params["body_jaxpr"], [*constants, *carry]
+            equation, frame, params["body_jaxpr"], [*constants, *carry], body=1, travel=True
         )
         return results, _leaving(records)[0]
 
     def body(carry: Any) -> Any:
         results, records = step(carry[0])
-        return results, {n: stats.merged(n, carry[1][n], records[n]) for n in carry[1]}
+        kept = {n: stats.merged(n, carry[1][n], records[n]) for n in carry[1]}
+        return _like(carry[0], frame, equation, results), kept
 
+    init = _lasting(init, frame, equation, lambda init: jax.eval_shape(step, init))
     kept = {}
     if frame.recorder is not None:
         kept = stats.identity(jax.eval_shape(step, init)[1])
     results, kept = jax.lax.while_loop(condition, body, (init, kept))
     hand_over(frame, kept)
-    return results
+    return [_outside(x) for x in results]
 
 
 @structure(compat.COND)
@@ -147,9 +159,13 @@ def _cond(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
     jaxprs = equation.params["branches"]
 
     def plain(k: int) -> Any:
-        return lambda *operands: dense_outputs(equation, frame, jaxprs[k], operands, body=k)
+        def branch(*operands: Any) -> Any:
+            return dense_outputs(equation, frame, jaxprs[k], operands, body=k, travel=True)
+
+        return branch
 
     branches, every = [plain(k) for k in range(len(jaxprs))], {}
+    branches = _agreeing(branches, frame, equation, operands)
     if frame.recorder is not None:
         for branch in branches:
             recorder = stats.Recorder()
@@ -225,13 +241,15 @@ def dense_outputs(
     *,
     body: int = 0,
     scans: int = 0,
+    travel: bool = False,
 ) -> tuple[list[Any], Any]:
-    """The results of a body of an equation as arrays, and what it recorded."""
+    """The results of a body of an equation as arrays, and what it recorded.
+
+    With `travel` leaves that may do so stay leaves.
+    """
     frame = frame.inner(equation, body, scans=scans)
-    results = [
-        leaving(frame, equation, x, "it leaves the body, which gives back arrays")
-        for x in evaluate(frame, jaxpr, operands)
-    ]
+    leave = leaving if travel else settled
+    results = [leave(frame, equation, x, _OUT) for x in evaluate(frame, jaxpr, operands)]
     return results, frame.records()
 
 
@@ -245,6 +263,67 @@ def _entering(value: Any, *, sliced: bool) -> Any:
     if not isinstance(value, Tracked):
         return value
     return Tracked(value.leaf, value.path, (*value.stacked, sliced))
+
+
+def _outside(value: Any) -> Any:
+    if not isinstance(value, Tracked):
+        return value
+    return Tracked(value.leaf, value.path, value.stacked[:-1])
+
+
+def _lasting(
+    init: Sequence[Any],
+    frame: Frame,
+    equation: Any,
+    shapes: Callable[[Any], Any],
+    runs: bool = True,
+) -> list[Any]:
+    """A carry in which leaves stay leaves where every iteration gives back one of the same kind."""
+    init = [leaving(frame, equation, x, _CARRY) for x in init]
+    while any(isinstance(x, Tracked) for x in init):
+        back = shapes(init)[0] if runs else [None] * len(init)
+        alike = [_kind(x) == _kind(y) for x, y in zip(init, back, strict=True)]
+        if all(same or not isinstance(x, Tracked) for same, x in zip(alike, init, strict=True)):
+            break
+        init = [
+            x if same else settled(frame, equation, x, _CARRY)
+            for same, x in zip(alike, init, strict=True)
+        ]
+    return init
+
+
+def _like(carry: Sequence[Any], frame: Frame, equation: Any, results: Sequence[Any]) -> list[Any]:
+    """The results of an iteration, arrays where the carry has arrays."""
+    return [
+        x if isinstance(before, Tracked) else settled(frame, equation, x, _CARRY)
+        for before, x in zip(carry, results, strict=True)
+    ]
+
+
+def _agreeing(
+    branches: Sequence[Any], frame: Frame, equation: Any, operands: Sequence[Any]
+) -> Sequence[Any]:
+    """Branches that give back leaves where all of them give back one of the same kind."""
+    if not any(isinstance(x, Tracked) and getattr(x.leaf, "travels", False) for x in operands):
+        return branches
+    every = [jax.eval_shape(branch, *operands)[0] for branch in branches]
+    kept = [len({_kind(x) for x in column}) == 1 for column in zip(*every, strict=True)]
+
+    def agreed(branch: Any) -> Any:
+        def run(*operands: Any) -> Any:
+            results, records = branch(*operands)
+            pairs = zip(results, kept, strict=True)
+            return [x if k else settled(frame, equation, x, _OUT) for x, k in pairs], records
+
+        return run
+
+    return [agreed(branch) for branch in branches]
+
+
+def _kind(value: Any) -> Any:
+    """What two values have in common that can take each other's place in a carry."""
+    arrays, structure = jax.tree.flatten(value)
+    return structure, tuple((array.shape, array.dtype) for array in arrays)
 
 
 def _leaving(records: dict[str, stats.Record]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -266,6 +345,8 @@ def _stacked(value: Any, length: int, equation: Any) -> Any:
             return array
         if array.shape[:1] in ((), (1,)):  # shared by all layers, such as a whole tensor's scale
             return jnp.broadcast_to(array, (length, *array.shape[1:]))
+        if isinstance(value.leaf, Layered) and length % array.shape[0] == 0:  # groups along it
+            return jnp.repeat(array, length // array.shape[0], axis=0)
         raise ValueError(
             f"`lift(apply)`: a scan over {length} slices (`{value.path}`, "
             f"{compat.source_of(equation)}) met a `{type(value.leaf).__name__}` that holds an "

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,15 +32,24 @@ class Tracked:
         return self.leaf.materialise()
 
 
+Swap = Callable[["Frame", Any, Sequence[Any]], Any]  # f(frame, equation, operands) -> results
+
+
 class Plan(NamedTuple):
-    """Which values of a body are to be recorded, and which bodies inside it have such values."""
+    """What is special in a body: values to be recorded, and equations that compute otherwise."""
 
     points: tuple[tuple[str, Any], ...]  # name, variable
-    inside: dict[tuple[int, int], "Plan"]  # by the id of an equation and the number of its body
+    inside: Mapping[tuple[int, int], "Plan"]  # by the id of an equation and the number of its body
+    swaps: Mapping[int, tuple[str, Swap]] = MappingProxyType({})  # by the id of an equation
 
     def enters(self, equation: Any) -> bool:
-        """Whether something is to be recorded inside an equation."""
-        return (id(equation), 0) in self.inside
+        """Whether an equation is special or has something special inside."""
+        return id(equation) in self.swaps or any(i == id(equation) for i, _ in self.inside)
+
+    def names(self) -> set[str]:
+        """The names of all swaps, those in bodies inside included."""
+        own = {name for name, _ in self.swaps.values()}
+        return own.union(*(plan.names() for plan in self.inside.values()))
 
 
 _NO_PLAN = Plan((), {})
@@ -63,6 +74,7 @@ class Frame:
     plan: Plan = _NO_PLAN
     scans: int = 0  # that enclose the body
     met: dict[Any, Met] | None = None  # filled for `explain`
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for swaps; scans slice it
 
     def inner(self, equation: Any, body: int = 0, *, scans: int = 0) -> "Frame":
         """The frame of a nested body, which records on its own."""
@@ -76,9 +88,14 @@ class Frame:
         """The frame of a nested body that is evaluated as a part of this one."""
         return dataclasses.replace(self, plan=self.plan.inside.get((id(equation), body), _NO_PLAN))
 
-    def silent(self) -> "Frame":
-        """The same, recording nothing."""
-        return dataclasses.replace(self, recorder=None, plan=_NO_PLAN)
+    def silent(self, equation: Any) -> "Frame":
+        """The frame of a nested body, the first of an equation, that records nothing."""
+        return dataclasses.replace(self.inline(equation), recorder=None)
+
+    def given_inside(self, equation: Any) -> dict[str, Any]:
+        """What the swaps inside the body of an equation are given."""
+        names = self.inline(equation).plan.names()
+        return {name: value for name, value in self.given.items() if name in names}
 
     def records(self) -> dict[str, Record]:
         """What has been recorded in this frame."""

@@ -32,6 +32,13 @@ class Leaf(abc.ABC):
     that an operation without a rule loses nothing.
     """
 
+    travels: ClassVar[bool] = False
+    """Whether this leaf may leave a body as a leaf: as a result, a carry, out of a branch.
+
+    True suits state that a function updates and returns, such as a cache. Other leaves become
+    arrays there, and travelling ones where iterations or branches do not agree on one.
+    """
+
     @abc.abstractmethod
     def materialise(self) -> jax.Array:
         """The array that this leaf stands for."""

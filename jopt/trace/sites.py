@@ -28,6 +28,7 @@ class Use:
     operand: int  # 0: left, or a convolution's input; 1: right, or its kernel
     contracted: tuple[int, ...] | None  # summed axes of the parameter; None: not whole axes of it
     indexed: bool  # rows of it that the inputs choose, as of an embedding or of experts
+    batched: tuple[int, ...] | None = ()  # its axes that the product shares with the other operand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Site:
     flops: int  # of one execution: twice the multiply-adds
     bytes: int  # of one execution: both operands and the result
     source: str  # the user's line
+    groups: int = 1  # of a convolution's features
 
     @property
     def path(self) -> str | None:
@@ -92,7 +94,7 @@ def sites(apply: Callable[..., Any], params: Any, *inputs: Any) -> tuple[Site, .
       >>> site.path, site.contracted, site.flops
       ('kernel', (-1,), 128)
     """
-    collected, traced = _Sites(), program(apply, (params, *inputs))
+    collected, traced = Sites(), program(apply, (params, *inputs))
     warn_of(traced.jaxpr, "sites(apply, ...)")
     visit(traced, collected)
     return tuple(collected.found)
@@ -103,7 +105,7 @@ def flops(apply: Callable[..., Any], params: Any, *inputs: Any) -> int:
     return sum(site.total for site in sites(apply, params, *inputs))
 
 
-class _Sites:
+class Sites:
     """Collects them while a program is visited."""
 
     def __init__(self) -> None:
@@ -123,6 +125,7 @@ class _Product(NamedTuple):
 
     cost: int  # multiply-adds
     summed: Sequence[Sequence[int] | None]  # axes of each operand; None: no whole axes
+    shared: Sequence[Sequence[int]] = ((), ())  # batch axes of each operand
 
 
 def _product(equation: Any) -> _Product | None:
@@ -150,7 +153,14 @@ def _site(equation: Any, views: Sequence[View], place: Place, product: _Product)
         name=place.of(equation),
         operation=equation.primitive.name,
         uses=tuple(
-            Use(o.path, i, origins.contracted(o.axes, product.summed[i]), o.indexed) for i, o in fed
+            Use(
+                o.path,
+                i,
+                origins.contracted(o.axes, product.summed[i]),
+                o.indexed,
+                origins.contracted(o.axes, product.shared[i] if i < 2 else ()),
+            )
+            for i, o in fed
         ),
         shapes=tuple(tuple(aval.shape) for aval in avals),
         dtypes=tuple(aval.dtype for aval in avals),
@@ -159,14 +169,15 @@ def _site(equation: Any, views: Sequence[View], place: Place, product: _Product)
         flops=2 * product.cost,
         bytes=sum(-(-math.prod(a.shape) * trees.bits_of(a) // 8) for a in avals),
         source=compat.source_of(equation),
+        groups=equation.params.get("feature_group_count", 1),
     )
 
 
 def _dot(equation: Any) -> _Product:
-    (left, right), _ = equation.params["dimension_numbers"]
+    (left, right), shared = equation.params["dimension_numbers"]
     shape = equation.invars[0].aval.shape
     cost = math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in left)
-    return _Product(cost, (tuple(left), tuple(right)))
+    return _Product(cost, (tuple(left), tuple(right)), shared)
 
 
 def _conv(equation: Any) -> _Product:

@@ -176,8 +176,8 @@ def _first_met(operands: Sequence[View]) -> list[str]:
 
 def _outputs(jaxpr: Any, place: Place) -> list[tuple[str, Any]]:
     """What each module called in a body computes last of all that is used outside of it."""
-    stacks = [_segments(place.of(equation)) for equation in jaxpr.eqns]
-    outside = len(_segments(place.name))
+    stacks = [segments(place.of(equation)) for equation in jaxpr.eqns]
+    outside = len(segments(place.name))
     used: dict[Any, list[int]] = {}
     for position, equation in enumerate(jaxpr.eqns):
         for atom in equation.invars:
@@ -212,11 +212,11 @@ def _runs(stacks: Sequence[Sequence[str]], outside: int) -> list[tuple[int, int,
     return runs
 
 
-def _segments(name: str) -> list[str]:
+def segments(name: str) -> list[str]:
     """The modules of a name stack, without the transformations that `vmap` and `grad` write.
 
     Example:
-      >>> _segments("jvp(MLP)/vmap(Dense_0)/jit(relu)")
+      >>> segments("jvp(MLP)/vmap(Dense_0)/jit(relu)")
       ['MLP', 'Dense_0']
     """
     segments = []

@@ -19,7 +19,7 @@ from . import compat, rules
 from .constants import warn_of
 from .frame import Frame, Met, Tracked
 from .leaf import aval_of
-from .program import is_array, program
+from .program import Program, is_array, program
 from .stats import Record, Recorder, Stat
 
 P = ParamSpec("P")
@@ -232,8 +232,12 @@ def evaluate(frame: Frame, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def dispatch(frame: Frame, equation: Any, operands: Sequence[Any]) -> Sequence[Any]:
-    """Runs one equation that has a typed operand, as a construct or by rule."""
+    """Runs one equation that has a typed operand or is special: as planned, built or by rule."""
     with compat.context(equation):
+        if (swap := frame.plan.swaps.get(id(equation))) is not None:
+            results = swap[1](frame, equation, operands)
+            if results is not NotImplemented:
+                return results
         return _answer(frame, equation, operands, check=True)
 
 
@@ -279,6 +283,13 @@ def materialised(value: Any) -> Any:
 
 def leaving(frame: Frame, equation: Any, value: Any, how: str) -> Any:
     """The array of a leaf that cannot go on as a leaf: out of a body, into a carry."""
+    if isinstance(value, Tracked) and getattr(value.leaf, "travels", False):
+        return value
+    return settled(frame, equation, value, how)
+
+
+def settled(frame: Frame, equation: Any, value: Any, how: str) -> Any:
+    """The array of any leaf."""
     if isinstance(value, Tracked):
         frame.note(equation, value, True, how)
     return materialised(value)
@@ -291,13 +302,20 @@ def _call(apply: Callable[..., T], frame: Frame, args: Any, kwargs: Any) -> T:
     leaves = jax.tree.leaves((args, kwargs), is_leaf=trees.is_typed)
     if not any(trees.is_typed(leaf) for leaf in leaves):
         return apply(*args, **kwargs)
-    traced = program(apply, args, kwargs)
+    return run(program(apply, args, kwargs), frame)
+
+
+def run(traced: Program, frame: Frame) -> Any:
+    """Evaluates a traced function on its operands."""
     warn_of(traced.jaxpr, "lift(apply)")
     operands = [Tracked(o.value, o.path) if o.typed else o.value for o in traced.operands]
     results = evaluate(frame, traced.jaxpr, operands)
     results = [leaving(frame, None, x, "the function returns it") for x in results]
-    results = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in results]
-    return traced.results(results)
+    results = [_leaf(x) for x in results]
+    done = [isinstance(x, jax.Array) or trees.is_typed(x) for x in results]
+    return traced.results(
+        [x if ready else jnp.asarray(x) for x, ready in zip(results, done, strict=True)]
+    )
 
 
 def _last_use(jaxpr: Any) -> dict[Any, int]:

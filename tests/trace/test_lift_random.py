@@ -20,6 +20,7 @@ PARAMS = {
     "plain": normal(2, SIZE, SIZE),
 }
 INPUT = normal(3, SIZE, SIZE)
+ORDERS = jnp.array([[0, 2, 1, 3], [3, 2, 1, 0], [1, 1, 0, 0], [2, 3, 0, 1]])
 
 # Operations on two square matrices; their first operand is what changes type most often.
 OPERATIONS = {
@@ -31,6 +32,9 @@ OPERATIONS = {
     "tanh": lambda a, b: jnp.tanh(a),
     "reshape": lambda a, b: a.reshape(1, SIZE * SIZE).reshape(SIZE, SIZE),
     "concatenate": lambda a, b: jnp.concatenate([a[:1], b[1:]]),
+    "fortran": lambda a, b: lax.reshape(a, (2, 8), (1, 0)).reshape(SIZE, SIZE),
+    "gather in rows": lambda a, b: jax.vmap(lambda row, i: row[i])(a, ORDERS),
+    "gather along": lambda a, b: jnp.take_along_axis(a, ORDERS, 0),
     "gather": lambda a, b: a[jnp.array([0, 2, 1, 3])],
     "broadcast": lambda a, b: jnp.broadcast_to(a[None], (2, SIZE, SIZE))[1],
     "cast": lambda a, b: a.astype(jnp.float16).astype(jnp.float32),
@@ -55,7 +59,7 @@ OPERATIONS = {
         max_size=6,
     )
 )
-@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 def test_random_programs(steps):
     def program(params, x):
         values = [*params.values(), x]
