@@ -19,16 +19,27 @@ class Choices:
     # Whether a training step that contains `conv_general_dilated` may sit inside a loop that XLA
     # compiles. Steps without a convolution are always looped.
     loops_convolutions: bool
+    # How a product of floats and quantized weights runs where no time was measured (`jopt.quant`
+    # has a table of times for cpu): "dense" dequantizes the whole weight, "tiled" a part at a time.
+    weights_alone: str
 
 
 # cpu, measured on two AMD EPYC cores, JAX 0.10.2, one epoch of the classic CIFAR-10 network against
 # PyTorch eager = 1: `lax` stepped 2.6, `lax` scanned 32 (jax-ml/jax#12868), slices scanned 1.7,
 # slices with reshape pooling scanned 0.84 (docs/benchmarks.md).
+# cpu, a product with a weight of int8: XLA:CPU never fuses the dequantization into the product, so
+# that a dense weight takes four times the bytes of its codes while it lasts.
 # cuda and tpu: XLA's own convolutions are the vendor's; not yet measured by us.
 CHOICES = {
-    "cpu": Choices(convolution="slices", pooling="reshape", loops_convolutions=False),
-    "cuda": Choices(convolution="lax", pooling="lax", loops_convolutions=True),
-    "tpu": Choices(convolution="lax", pooling="lax", loops_convolutions=True),
+    "cpu": Choices(
+        convolution="slices", pooling="reshape", loops_convolutions=False, weights_alone="tiled"
+    ),
+    "cuda": Choices(
+        convolution="lax", pooling="lax", loops_convolutions=True, weights_alone="dense"
+    ),
+    "tpu": Choices(
+        convolution="lax", pooling="lax", loops_convolutions=True, weights_alone="dense"
+    ),
 }
 
 

@@ -129,15 +129,86 @@ def inspect(
 
 
 @app.command()
-def profile(recipe: RecipeName, overrides: Overrides = None, data_dir: DataDir = None) -> None:
+def profile(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="A YAML file, or the name of a built-in recipe. With `--tune` it may be left out.",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    data_dir: DataDir = None,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Measure the implementations of quantized products here."),
+    ] = False,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROWSxINPUTSxOUTPUTS",
+            help="With `--tune`: a product to measure, such as `64x1024x4096`. May be given "
+            "repeatedly. Default: those of the recipe, or a grid of common sizes.",
+        ),
+    ] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With `--tune`: operands to measure, such as `w8a8` or `w4-group`. May be given "
+            "repeatedly. Default: all."
+        ),
+    ] = None,
+    output: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="With `--tune`: the file to write. Default: one in the user's cache."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="With `--tune`: rounds of measurement.")] = 10,
+) -> None:
     """Say what each model of a recipe costs: products, FLOPs, bytes, memory, time.
 
     Nothing is trained: the weights are random. Example: `jopt profile digits`
-    """
-    from jopt import recipe as recipes
 
-    config = recipes.load(recipes.find(recipe), overrides or [])
-    recipes.profile(config, data_dir=data_dir)
+    With `--tune`, measure on this machine how quantized products are computed fastest, and write a
+    table. It is used where `jopt.quant.use_table(FILE)` or `JOPT_PRODUCTS=FILE` names it, and
+    nowhere else. Example: `jopt profile --tune digits --output products.json`
+    """
+    if not tune:
+        if recipe is None:
+            raise ValueError("`jopt profile` needs a recipe, such as `jopt profile digits`.")
+        if shape or kind or output:
+            raise ValueError("`--shape`, `--kind` and `--output` are options of `--tune`.")
+        from jopt import recipe as recipes
+
+        recipes.profile(recipes.load(recipes.find(recipe), overrides or []), data_dir=data_dir)
+        return
+    from jopt import quant
+
+    shapes = [_shape(text) for text in shape or []]
+    if recipe is not None:
+        from jopt import recipe as recipes
+
+        config = recipes.load(recipes.find(recipe), overrides or [])
+        shapes += recipes.products(config, data_dir=data_dir)
+        if not shapes:
+            raise ValueError(f"`{recipe}` has no matrix product with a weight to measure.")
+
+    def say(timing: quant.Timing) -> None:
+        times = sorted(timing.microseconds, key=lambda item: item[1])
+        listed = ", ".join(f"{name} {time:,.0f}" for name, time in times[:4])
+        typer.echo(f"{timing.kind:12} {timing.rows}x{timing.inputs}x{timing.outputs}: {listed} µs")
+
+    table = quant.tune(shapes or quant.COMMON_SHAPES, kinds=kind, rounds=rounds, report=say)
+    path = output or quant.cache_path()
+    quant.write_table(table, path)
+    typer.echo(f"Wrote {path}\nUse it with `JOPT_PRODUCTS={path}` or `jopt.quant.use_table`.")
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    sizes = text.lower().replace("×", "x").split("x")
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ValueError(f"`--shape {text}`: expected ROWSxINPUTSxOUTPUTS, such as 64x1024x4096.")
+    rows, inputs, outputs = map(int, sizes)
+    return rows, inputs, outputs
 
 
 def _version(asked: bool) -> None:

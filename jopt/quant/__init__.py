@@ -1,22 +1,102 @@
 """Quantization: number formats, fake quantization, quantized leaves, policies, calibration."""
 
+from ._adaround import adaround as adaround
+from ._allocate import Allocation as Allocation
+from ._allocate import Budget as Budget
+from ._allocate import allocate as allocate
+from ._awq import awq as awq
+from ._awq import awq_scales as awq_scales
+from ._bfloat16 import BFloat16 as BFloat16
+from ._bias import Corrected as Corrected
+from ._bias import correct_biases as correct_biases
+from ._cache import Cache as Cache
+from ._cache import attend as attend
+from ._cache import cached as cached
+from ._cache import kv_cache as kv_cache
 from ._calibrate import Row as Row
 from ._calibrate import calibrate as calibrate
+from ._calibrate_products import calibrate_products as calibrate_products
+from ._equalize import Equalized as Equalized
+from ._equalize import equalize as equalize
 from ._fake import fake_quant as fake_quant
 from ._fake import fake_quant_affine as fake_quant_affine
+from ._floats import FP8 as FP8
+from ._floats import MX as MX
 from ._formats import Format as Format
 from ._formats import Grid as Grid
 from ._formats import Int as Int
+from ._gptq import gptq as gptq
+from ._hqq import hqq as hqq
+from ._layerwise import Rounded as Rounded
+from ._layerwise import output_error as output_error
+from ._learned import TrainedQuant as TrainedQuant
+from ._learned import init_steps as init_steps
+from ._learned import steps as steps
 from ._leaves import FakeQuant as FakeQuant
 from ._leaves import QArray as QArray
 from ._leaves import Range as Range
+from ._lora import LoRA as LoRA
+from ._lora import adapters as adapters
+from ._lora import combine as combine
+from ._lora import lora as lora
+from ._lora import merge as merge
+from ._lora import partition as partition
+from ._lowering import use_implementation as use_implementation
+from ._lowering import use_table as use_table
+from ._methods import AWQ as AWQ
+from ._methods import GPTQ as GPTQ
+from ._methods import HQQ as HQQ
+from ._methods import AdaRound as AdaRound
+from ._methods import Method as Method
+from ._methods import SmoothQuant as SmoothQuant
+from ._noise import deterministic as deterministic
+from ._noise import noise as noise
+from ._noise import with_bits as with_bits
+from ._noise import with_key as with_key
+from ._observers import MSE as MSE
+from ._observers import Entropy as Entropy
+from ._observers import Histogram as Histogram
+from ._observers import MinMax as MinMax
+from ._observers import MovingAverage as MovingAverage
+from ._observers import Observer as Observer
+from ._observers import Percentile as Percentile
+from ._pairs import Pair as Pair
+from ._piecewise import Piecewise as Piecewise
 from ._policy import Policy as Policy
 from ._policy import Spec as Spec
+from ._powers import PowerOfTwo as PowerOfTwo
 from ._quantize import qat as qat
 from ._quantize import quantize as quantize
 from ._quantize import trainable as trainable
+from ._scaled import Scaled as Scaled
+from ._scaled import scaled as scaled
+from ._smoothquant import Fold as Fold
+from ._smoothquant import Smoothed as Smoothed
+from ._smoothquant import folded as folded
+from ._smoothquant import folds as folds
+from ._smoothquant import smooth as smooth
+from ._smoothquant import smoothquant_scales as smoothquant_scales
+from ._steps import LSQ as LSQ
+from ._steps import PACT as PACT
+from ._steps import Fixed as Fixed
+from ._steps import LSQPlus as LSQPlus
+from ._steps import Step as Step
+from ._steps import StepMethod as StepMethod
+from ._tables import NF4 as NF4
+from ._tables import Codebook as Codebook
+from ._timings import Timing as Timing
+from ._timings import Timings as Timings
+from ._timings import cache_path as cache_path
+from ._timings import write_table as write_table
+from ._tune import COMMON_SHAPES as COMMON_SHAPES
+from ._tune import tune as tune
+from ._values import Products as Products
+from ._values import products as products
+from ._values import weightless as weightless
 
 # Importing these registers what `lift` does with the leaves.
+from . import _cache_rules as _cache_rules  # isort: skip
 from . import _products as _products  # isort: skip
 from . import _sum as _sum  # isort: skip
+from . import _training as _training  # isort: skip
 from . import _views as _views  # isort: skip

@@ -1,9 +1,15 @@
 """Fake quantization: values on a format's grid, with a straight-through gradient."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from ._formats import Format
+from jopt.trace.layered import coarse_map, full_along
+
+from ._bits import Bits
+from ._formats import Format, Grid
 from ._layout import shared_axes
 
 
@@ -22,8 +28,13 @@ def _through_jvp(primals, tangents):
 def straight_through(x: jax.Array, y: jax.Array, inside: jax.Array | None = None) -> jax.Array:
     """`y`, whose derivative is that of `x` (0 where `inside` is given and False)."""
     if inside is not None:
-        x = jnp.where(inside, x, jax.lax.stop_gradient(x))
+        x = clipped(x, inside)
     return _through(x, jax.lax.stop_gradient(y))
+
+
+def clipped(x: jax.Array, inside: jax.Array) -> jax.Array:
+    """`x`, whose derivative is 0 where `inside` is False."""
+    return jnp.where(inside, x, jax.lax.stop_gradient(x))
 
 
 def fake_quant(
@@ -32,13 +43,15 @@ def fake_quant(
     *,
     key: jax.Array | None = None,
     axes: tuple[int, ...] | None = None,
+    range: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Rounds `x` to the values that `format` can hold; the gradient passes straight through.
 
         fake_quant(x) = decode(encode(x, grid), grid),   grid from the extreme values of x
 
-    The grid covers all of `x`, so nothing is clipped and the gradient is 1 everywhere; the grid
-    itself is a constant to the gradient. Computed in float32, returned in the dtype of `x`.
+    The grid covers all of `x`, so nothing is clipped and the gradient is 1 everywhere. Of a given
+    range it covers that, values beyond are clipped to its ends, and their gradient is 0. The grid
+    is a constant to the gradient. Computed in float32, returned in the dtype of `x`.
 
     Args:
       x: float array `"[..., in, out]"`.
@@ -46,13 +59,16 @@ def fake_quant(
       key: rounds up with the probability of the fraction, so that the mean over keys is `x`.
       axes: the axes that share a scale, counted from the end; for groups, the axis they lie along.
         Default: what the granularity of `format` means for the layout `[..., in, out]`.
+      range: the lowest and the highest value, scalars or arrays of the rank of `x` with n, 1 or the
+        number of groups along each axis.
 
     Returns:
-      An array like `x`.
+      An array like `x`. With a range NaN stays NaN.
 
     Raises:
       TypeError: if `x` is not floating.
-      ValueError: if `x` is a scalar, if groups do not divide, or if a stochastic format has no key.
+      ValueError: if `x` is a scalar, if groups do not divide, if a stochastic format has no key, or
+        if the range is of another rank.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,15 +87,62 @@ def fake_quant(
         raise ValueError("`fake_quant(x, ...)` needs an array of rank 1 or more, got a scalar.")
     if axes is None:
         axes = shared_axes(format.granularity, x.ndim)
-    return straight_through(x, on_grid(jax.lax.stop_gradient(x), format, axes, key))
+    fixed = jax.lax.stop_gradient(x)
+    if range is None:
+        return straight_through(x, on_grid(fixed, format, axes, key))
+    grid = format.grid(*(_end(end, x) for end in range))
+    values = format.decode(format.encode(fixed, grid, key=key), grid).astype(x.dtype)
+    values = jnp.where(jnp.isnan(fixed), fixed, values)
+    return straight_through(x, values, format.inside(fixed, grid))
 
 
 def on_grid(
-    x: jax.Array, format: Format, axes: tuple[int, ...], key: jax.Array | None = None
+    x: jax.Array,
+    format: Format,
+    axes: tuple[int, ...],
+    key: jax.Array | None = None,
+    bits: Bits | None = None,
 ) -> jax.Array:
     """`fake_quant` without its derivative. Goes through integers, so that zero has one sign."""
-    grid = format.fit(x, axes)
-    return format.decode(format.encode(x, grid, key=key), grid).astype(x.dtype)
+    if bits is not None:
+        ends = format.extent(x, axes)
+        values = keyed(lambda x, c, k: c[1].rounded(x, format, *c[0], k), x, (ends, bits), key)
+    else:
+        values = on_this(x, format, format.fit(x, axes), key)
+    return values.astype(x.dtype)
+
+
+def on_this(x: jax.Array, format: Format, grid: Grid, key: jax.Array | None) -> jax.Array:
+    """The float32 values of `x` on a grid."""
+    return keyed(lambda x, g, k: format.decode(format.encode(x, g, key=k), g), x, grid, key)
+
+
+def keyed(
+    function: Callable[[jax.Array, Any, jax.Array | None], jax.Array],
+    x: jax.Array,
+    coarse: Any,
+    key: jax.Array | None,
+) -> jax.Array:
+    """`function(x, coarse, key)`, or one for each key where there is one for every matrix in `x`.
+
+    Then slices of `x` with their keys give what all of it gives.
+    """
+    if key is None or key.ndim == 0:
+        return function(x, coarse, key)
+    if x.ndim <= 2:
+        return function(x, coarse, key.reshape(()))
+    whole = coarse_map(lambda c: full_along(c, x.shape, [0]), coarse)
+    return jax.vmap(lambda x, c, k: keyed(function, x, c, k))(x, whole, key)
+
+
+def _end(end: jax.Array, x: jax.Array) -> jax.Array:
+    end = jnp.asarray(end, jnp.float32)
+    if end.ndim not in (0, x.ndim):
+        raise ValueError(
+            f"`fake_quant(x, ..., range=...)`: an end of the range has shape {end.shape}; it must "
+            f"be a scalar or of the rank of x {x.shape}."
+        )
+    return end.reshape((1,) * x.ndim) if end.ndim == 0 else end
 
 
 def fake_quant_affine(

@@ -23,8 +23,8 @@ def shared_axes(
     """The axes along which one scale serves all values, counted from the end.
 
     Args:
-      granularity: `"channel"`, `"tensor"`, `"token"` (an activation's last axis) or `"group"` (whose
-        groups lie along the axis returned).
+      granularity: `"channel"`, `"tensor"`, `"token"` (an activation's last axis) or `"group"`,
+        whose groups lie along the axis returned.
       ndim: rank of the weight.
       contract: axes that products sum over. Default: `contracted(ndim)`.
       stacked: how many leading axes count layers. Default: one for rank 3, none for other ranks.

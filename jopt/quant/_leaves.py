@@ -6,16 +6,16 @@ activation: on a range measured beforehand (static) or found in each call (dynam
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jopt import trees
-from jopt.trace import Layered
+from jopt.trace import Layered, Table
 from jopt.trace.layered import spread
 
+from ._bits import Bits
 from ._fake import on_grid, straight_through
 from ._formats import Format, Grid
 
@@ -47,20 +47,21 @@ class WeightLeaf(Layered):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "zero_point", "range"],
+    data_fields=["codes", "scale", "zero_point", "table", "range"],
     meta_fields=["format", "activation", "static", "value_dtype", "via"],
 )
 @dataclasses.dataclass(frozen=True)
 class QArray(WeightLeaf):
-    """A quantized weight: `(codes - zero_point) * scale`, made by `jopt.quant.quantize`.
+    """A quantized weight, made by `jopt.quant.quantize`: for `Int`, `(codes - zero_point) * scale`.
 
     Use it inside `jopt.lift(apply)`. A product with an activation format runs on integers where the
     scale is shared along the contracted axes; without one the weight is dequantized first.
     """
 
-    codes: jax.Array  # int4 (up to 4 bits) or int8, the shape of the value
-    scale: jax.Array  # float32, rank of the value; n, 1 or the number of groups along each axis
+    codes: jax.Array  # of the format's container, such as int4 or float8, the shape of the value
+    scale: jax.Array  # rank of the value; n, 1 or the number of groups along each axis
     zero_point: jax.Array | None  # int8, the shape of scale; None is zero
+    table: Table | None  # what else the format fitted, such as code values; None for most
     range: Range | None  # of the activation; None: dynamic, or not yet calibrated
     format: Format  # of the weight
     activation: Format | None  # of the activation; None: weight only
@@ -77,8 +78,8 @@ class QArray(WeightLeaf):
 
     @property
     def grid(self) -> Grid:
-        """Scale and zero point."""
-        return Grid(self.scale, self.zero_point)
+        """Scale, zero point and table."""
+        return Grid(self.scale, self.zero_point, self.table)
 
     def split(self) -> tuple[jax.Array, Any]:
         """Codes; and grid and range."""
@@ -87,9 +88,7 @@ class QArray(WeightLeaf):
     def joined(self, array: jax.Array, coarse: Any) -> "QArray":
         """This leaf with other arrays."""
         grid, range = coarse
-        return dataclasses.replace(
-            self, codes=array, scale=grid.scale, zero_point=grid.zero_point, range=range
-        )
+        return dataclasses.replace(self, codes=array, **grid._asdict(), range=range)
 
     def storage(self) -> dict[str, tuple[Any, int]]:
         """The arrays to keep on disk, and the bits of one element, of which codes have few."""
@@ -100,18 +99,15 @@ class QArray(WeightLeaf):
         return kept
 
     def size(self) -> trees.Size:
-        """Values, codes that differ from the zero point, and bits in all."""
-        codes = np.asarray(self.codes).astype(np.int8)
-        zero = np.int8(0)
-        if self.zero_point is not None:
-            zero = np.asarray(spread(self.zero_point, codes.shape))
+        """Values, codes that do not stand for zero, and bits in all."""
         bits = sum(array.size * width for array, width in self.storage().values())
-        return trees.Size(codes.size, int(np.count_nonzero(codes != zero)), bits)
+        nonzeros = self.format.nonzeros(self.codes, self.grid)
+        return trees.Size(self.codes.size, nonzeros, bits)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weight", "range"],
+    data_fields=["weight", "range", "key", "keep", "bits"],
     meta_fields=["format", "axes", "activation", "static"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +115,8 @@ class FakeQuant(WeightLeaf):
     """A weight that trains while its values are rounded to a format, made by `jopt.quant.qat`.
 
     The gradient passes straight through to `weight`. Use it inside `jopt.lift(apply)`, which also
-    rounds the activations that meet it.
+    rounds the activations that meet it. The last three fields are None in what an optimizer sees:
+    `with_key`, `noise` and `with_bits` fill them in for one step.
     """
 
     weight: jax.Array  # what trains, in full precision
@@ -128,11 +125,54 @@ class FakeQuant(WeightLeaf):
     axes: tuple[int, ...]  # that share a scale, counted from the end
     activation: Format | None  # of the activation; None: weight only
     static: bool  # the activation's range is a measured one
+    key: jax.Array | None = None  # one for each matrix: 1 along the last two axes
+    keep: jax.Array | None = None  # bool, like weight or coarser: True is not rounded
+    bits: Bits | None = None  # in place of the format's
+
+    trained: ClassVar[tuple[str, ...]] = ("weight",)  # fields that an optimizer may change
 
     def materialise(self) -> jax.Array:
-        """`fake_quant` of the weight."""
-        rounded = on_grid(jax.lax.stop_gradient(self.weight), self.format, self.axes)
-        return straight_through(self.weight, rounded)
+        """`fake_quant` of the weight, but for what is to be kept."""
+        if self.format.rounding == "stochastic" and self.key is None:
+            raise ValueError(
+                f"A weight in training has {self.format} and no key to round at random.\n"
+                "Call `lift(apply)(quant.with_key(params, key), ...)` in the loss, with a new key "
+                "in each step; `quant.deterministic(params)` rounds to nearest."
+            )
+        rounded = self.rounded()
+        if self.keep is None:
+            return rounded
+        return jnp.where(spread(self.keep, rounded.shape), self.weight, rounded)
+
+    def rounded(self) -> jax.Array:
+        """The whole weight on its grid, with the derivative of this kind of training."""
+        fixed = jax.lax.stop_gradient(self.weight)
+        values = on_grid(fixed, self.format, self.axes, self.weight_key, self.bits)
+        return straight_through(self.weight, values)
+
+    @property
+    def weight_key(self) -> jax.Array | None:
+        """The key that rounds the weight, if its format rounds at random."""
+        return self.key if self.format.rounding == "stochastic" else None
+
+    def weight_grid(self) -> Grid:
+        """Where the codes of the weight lie, as `quantize` stores it."""
+        return self.format.fit(self.weight, self.axes)
+
+    def activation_range(self) -> Range | None:
+        """The activation's range, as `quantize` stores it."""
+        return self.range
+
+    def size(self) -> trees.Size:
+        """Of the weight as it trains, rounded to nearest."""
+        return super(FakeQuant, self.nearest()).size()
+
+    def nearest(self) -> "FakeQuant":
+        """This leaf, its weight rounded to nearest."""
+        if self.format.rounding != "stochastic":
+            return self
+        format = dataclasses.replace(cast(Any, self.format), rounding="nearest")
+        return dataclasses.replace(self, format=format)
 
     def with_weight(self, weight: jax.Array) -> "FakeQuant":
         """This leaf with another weight."""

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jopt import trees
 from jopt.trace import Site
 
-from ._formats import Format
+from ._formats import Format, Int
 from ._layout import shared_axes
+from ._steps import StepMethod
 
 PyTree = Any
 
@@ -27,22 +28,76 @@ class Spec:
 
     Under `vmap` of a lifted function each mapped example has a range of its own.
 
+    The last three are for `qat` alone. Formats stay formats everywhere else, so what a step method
+    learns is stored as any other scale or range.
+
     Args:
       weight: format of the weight.
       activation: format of the activation; None quantizes the weight alone.
       static: take the activation's range from `calibrate`.
+      weight_step: how the weight's scale is found in training: `LSQ()`, `LSQPlus()`, `PACT()` or
+        `Fixed()`; None takes it from the extreme values in each step.
+      activation_step: likewise of the activation, begun by `init_steps`.
+      backward: format of the gradients that come back through products. Products then run on the
+        codes, forward and backward, such as `Int(8, rounding="stochastic")`.
 
     Raises:
-      ValueError: if the activation's format has groups or rounds stochastically, or if there is
-        none to be static.
+      ValueError: if the activation's format has groups or rounds stochastically, if there is none
+        to be static, or if formats and step methods do not fit.
     """
 
     weight: Format
     activation: Format | None = None
     static: bool = False
+    _: dataclasses.KW_ONLY
+    weight_step: StepMethod | None = None
+    activation_step: StepMethod | None = None
+    backward: Format | None = None
 
     def __post_init__(self) -> None:
         """Checks that the parts fit together."""
+        self._check_activation()
+        self._check_training()
+
+    @property
+    def trains(self) -> bool:
+        """Whether something in it is for training alone."""
+        return (self.weight_step, self.activation_step, self.backward) != (None, None, None)
+
+    def _check_training(self) -> None:
+        parts = (
+            ("weight", self.weight, self.weight_step),
+            ("activation", self.activation, self.activation_step),
+        )
+        for name, format, method in parts:
+            if method is None:
+                continue
+            why = "a step is learned of `Int` formats"
+            if isinstance(format, Int):
+                why = method.check(format, name)
+                if format.granularity == "token":
+                    why = "the scales of tokens are found in each call"
+            if why:
+                raise ValueError(f"`Spec({name}={format}, {name}_step={method})`: {why}.")
+        if self.activation_step is not None and self.static:
+            raise ValueError(
+                "`Spec(..., static=True, activation_step=...)`: a range is measured or learned, "
+                "not both; leave `static` away."
+            )
+        if self.backward is None:
+            return
+        if not isinstance(self.backward, Format) or self.activation is None:
+            raise ValueError(
+                f"`Spec(..., backward={self.backward!r})` needs a format, and an activation format "
+                "for the product forward."
+            )
+        if self.backward.granularity == "group":
+            raise ValueError(
+                f"`Spec(backward={self.backward})`: a gradient has a scale for each row, or one "
+                'for all (granularity="tensor"); groups are for weights.'
+            )
+
+    def _check_activation(self) -> None:
         for name, format in (("weight", self.weight), ("activation", self.activation)):
             if not isinstance(format, Format) and (name == "weight" or format is not None):
                 raise TypeError(f"`Spec({name}={format!r})`: expected a format, such as `Int(8)`.")
@@ -65,8 +120,8 @@ class Spec:
             )
         if self.activation.granularity == "token" and self.static:
             raise ValueError(
-                f"`Spec(activation={self.activation}, static=True)`: the scales of tokens are found "
-                "in each call; leave `static=False`."
+                f"`Spec(activation={self.activation}, static=True)`: the scales of tokens are "
+                "found in each call; leave `static=False`."
             )
         if self.activation.rounding == "stochastic":
             raise ValueError(

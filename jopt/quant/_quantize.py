@@ -1,5 +1,6 @@
 """Weights into typed leaves: as integer codes, or trainable under fake quantization."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,11 @@ import jax.numpy as jnp
 from jopt import trees
 from jopt.trace import Site
 
+from ._fake import keyed
+from ._formats import Grid
+from ._learned import TrainedQuant, first_step, marked
 from ._leaves import FakeQuant, QArray, Range
+from ._noise import with_key
 from ._policy import Policy, Spec, axes_of, resolve
 
 PyTree = Any
@@ -36,7 +41,8 @@ def quantize(
       sites: `jopt.sites(apply, params, *inputs)`, which tells which axes each weight is summed
         over. Without it the layout is taken to be `[..., in, out]`, from rank 4 a convolution's
         `[*window, in, out]`.
-      key: for formats that round stochastically.
+      key: for formats that round stochastically. Of `FakeQuant` leaves it gives what training saw
+        of `with_key(params, key)`.
 
     Returns:
       `params` with `QArray` leaves.
@@ -44,7 +50,7 @@ def quantize(
     Raises:
       TypeError: if a matched leaf is not floating, or the policy is no policy.
       ValueError: if a `where` matches nothing, groups do not divide, a matched leaf is a scalar or
-        is quantized already, or a stochastic format has no key.
+        is quantized already, a stochastic format has no key, or a `Spec` is for training alone.
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,10 +60,15 @@ def quantize(
       dtype('int8')
     """
     if policy is None:
-        return _converted(params)
+        return _converted(params, key)
     order = trees.paths(params)
 
     def make(path: str, leaf: jax.Array, spec: Spec, axes: tuple[int, ...]) -> QArray:
+        if spec.trains:
+            raise ValueError(
+                f"`quantize(...)`: `{path}` has {spec}, part of which is for training.\n"
+                "Call `qat(params, policy)`, train, and then `quantize(params)`."
+            )
         if spec.weight.rounding != "stochastic":
             return coded(leaf, spec, axes)
         if key is None:
@@ -75,18 +86,23 @@ def qat(params: PyTree, policy: Policy, *, sites: Sequence[Site] | None = None) 
     the weights as ordinary arrays. `quantize(params)` afterwards gives the integers, bit-equal to
     what training saw.
 
+    A `Spec` may say more: `weight_step` and `activation_step` learn the steps of the grids (arrays
+    of the leaf, which train with the rest), `backward` runs products on codes in both directions.
+    What is rounded at random needs `with_key(params, key)` in the loss; `noise` and `with_bits`
+    change what a step sees likewise.
+
     Args:
       params: any pytree of arrays.
       policy: as in `quantize`.
       sites: as in `quantize`.
 
     Returns:
-      `params` with `FakeQuant` leaves. Static activation ranges are filled in by `calibrate`.
+      `params` with `FakeQuant` leaves. Static activation ranges are filled in by `calibrate`,
+      learned activation steps by `init_steps`.
 
     Raises:
       TypeError: as in `quantize`.
-      ValueError: as in `quantize`, and for formats that round stochastically: `fake_quant(x,
-        format, key=key)` in the loss does that, with a key of its own in each step.
+      ValueError: as in `quantize`.
 
     References:
       Benoit Jacob et al., Quantization and training of neural networks for efficient
@@ -94,12 +110,20 @@ def qat(params: PyTree, policy: Policy, *, sites: Sequence[Site] | None = None) 
     """
 
     def make(path: str, leaf: jax.Array, spec: Spec, axes: tuple[int, ...]) -> FakeQuant:
-        if spec.weight.rounding == "stochastic":
-            raise ValueError(
-                f"`qat(...)`: `{path}` has {spec.weight}, which needs a new key in every step.\n"
-                "Call `jopt.quant.fake_quant(x, format, key=key)` in the loss instead."
-            )
-        return FakeQuant(jnp.asarray(leaf), None, spec.weight, axes, spec.activation, spec.static)
+        weight = jnp.asarray(leaf)
+        plain = FakeQuant(weight, None, spec.weight, axes, spec.activation, spec.static)
+        if not spec.trains:
+            return plain
+        method, step = spec.weight_step, None
+        if method is not None:
+            step = first_step(weight, spec.weight, axes, method)
+        return TrainedQuant(
+            **{field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)},
+            step=step,
+            weight_method=method,
+            activation_method=spec.activation_step,
+            backward=spec.backward,
+        )
 
     if policy is None:
         raise TypeError("`qat(params, policy)` needs a policy, such as `Int(8)`.")
@@ -107,7 +131,7 @@ def qat(params: PyTree, policy: Policy, *, sites: Sequence[Site] | None = None) 
 
 
 def trainable(params: PyTree) -> PyTree:
-    """Marks what an optimizer may change: floating arrays, but no codes, scales or ranges.
+    """Marks what an optimizer may change: floating arrays and learned steps, no codes, no ranges.
 
     For `optax.masked(tx, trainable(params))`, or the mask of a weight decay.
 
@@ -119,13 +143,7 @@ def trainable(params: PyTree) -> PyTree:
       (True, False)
     """
 
-    def mark(leaf: Any) -> Any:
-        if not trees.is_typed(leaf):
-            return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
-        frozen = jax.tree.map(lambda _: False, leaf)
-        return trees.with_weight(frozen, True) if hasattr(leaf, "with_weight") else frozen
-
-    return jax.tree.map(mark, params, is_leaf=trees.is_typed)
+    return marked(params, lambda leaf: leaf.trained, True)
 
 
 def coded(
@@ -135,32 +153,53 @@ def coded(
     *,
     key: jax.Array | None = None,
     range: Range | None = None,
+    grid: Grid | None = None,
 ) -> QArray:
-    """One weight as codes."""
-    weight = jnp.asarray(weight)
-    grid = spec.weight.fit(weight, axes)
-    codes = spec.weight.encode(weight, grid, key=key).astype(spec.weight.container)
+    """One weight as codes, on a grid of its own or the one given."""
+    weight, format = jnp.asarray(weight), spec.weight
+    grid = format.fit(weight, axes) if grid is None else grid
+    codes = keyed(lambda x, g, k: format.encode(x, g, key=k), weight, grid, key)
+    codes = codes.astype(format.container)
     return QArray(
-        codes, *grid, range, spec.weight, spec.activation, spec.static, jnp.dtype(weight.dtype)
+        codes, *grid, range, format, spec.activation, spec.static, jnp.dtype(weight.dtype)
     )
 
 
 # Helpers, in order of use.
 
 
-def _converted(params: PyTree) -> PyTree:
-    def convert(leaf: Any) -> Any:
+def _converted(params: PyTree, key: jax.Array | None) -> PyTree:
+    def convert(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, FakeQuant):
             return leaf
-        spec = Spec(leaf.format, leaf.activation, leaf.static)
-        return coded(leaf.weight, spec, leaf.axes, range=leaf.range)
+        if leaf.keep is not None or leaf.bits is not None:
+            raise ValueError(
+                f"`quantize(params)`: `{path}` is as `noise` or `with_bits` made it for one step.\n"
+                "Pass the parameters that train."
+            )
+        if leaf.format.rounding == "stochastic" and leaf.key is None:
+            raise ValueError(
+                f"`quantize(...)`: `{path}` rounds stochastically: pass `key=`, or "
+                "`quantize(deterministic(params))` to round to nearest."
+            )
+        range, static = leaf.activation_range(), leaf.static
+        if isinstance(leaf, TrainedQuant) and leaf.activation_method is not None:
+            if range is None:
+                raise ValueError(
+                    f"`quantize(params)`: `{path}` has a learned activation step that was never "
+                    "begun.\nCall `params = jopt.quant.init_steps(apply, params, batches)`."
+                )
+            static = True
+        spec = Spec(leaf.format, leaf.activation, static)
+        options: dict[str, Any] = {"key": leaf.weight_key, "range": range}
+        return coded(leaf.weight, spec, leaf.axes, grid=leaf.weight_grid(), **options)
 
     if not any(isinstance(leaf, FakeQuant) for _, leaf in trees.items(params)):
         raise ValueError(
             "`quantize(params)` without a policy converts the leaves that `qat` made, and there "
             "are none. Pass a policy, such as `Int(8)`."
         )
-    return jax.tree.map(convert, params, is_leaf=trees.is_typed)
+    return trees.map_with_path(convert, params if key is None else with_key(params, key))
 
 
 def _mapped(

@@ -1,5 +1,6 @@
 """What the models of a recipe cost, before training: products, FLOPs, bytes, memory, time."""
 
+import math
 import pathlib
 import time
 from typing import Any
@@ -33,6 +34,32 @@ def profile(recipe: schema.Recipe, *, data_dir: pathlib.Path | None = None) -> N
         example = jax.ShapeDtypeStruct((BATCH, *task.inputs.shape), task.inputs.dtype)
         console.print(_products(stage.name, model, example))
         console.print(_totals(model, example), highlight=False)
+
+
+def products(
+    recipe: schema.Recipe, *, data_dir: pathlib.Path | None = None
+) -> list[tuple[int, int, int]]:
+    """Rows, inputs and outputs of the matrix products with weights, for one example and a batch."""
+    task = tables.task(recipe.data, data_dir)
+    found: dict[tuple[int, int, int], None] = {}
+    for stage in recipe.stages:
+        config = getattr(stage, "model", None)
+        if config is None:
+            continue
+        model = initialise(tables.module(config, task), task.inputs, jax.random.key(recipe.seed))
+        for batch in (1, BATCH):
+            example = jax.ShapeDtypeStruct((batch, *task.inputs.shape), task.inputs.dtype)
+            for site in jopt.sites(model.module.apply, model.variables, example):
+                if site.operation == "dot_general" and site.contracted and site.uses:
+                    found[_matrices(site)] = None
+    return list(found)
+
+
+def _matrices(site: trace.Site) -> tuple[int, int, int]:
+    shape = site.shapes[site.uses[0].operand]
+    other = math.prod(site.shapes[1 - site.uses[0].operand])
+    inputs = math.prod(shape[axis] for axis in site.contracted or ())
+    return max(1, other // inputs), inputs, math.prod(shape) // inputs
 
 
 def _products(title: str, model: Model, example: Any) -> rich.table.Table:

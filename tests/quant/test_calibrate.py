@@ -163,9 +163,18 @@ def test_what_is_refused():
     params, batches = case()
     policy = [("**/kernel", W8A8)]
     with pytest.raises(
-        ValueError, match=r'`calibrate\(..., method="gptq"\)`: method is one of "rtn"'
+        ValueError, match=r'`calibrate\(..., method="optq"\)`: method is one of "rtn", "gptq"'
     ):
-        calibrate(apply, params, batches, policy, method="gptq")
+        calibrate(apply, params, batches, policy, method="optq")
+    with pytest.raises(TypeError, match="expected a name"):
+        calibrate(apply, params, batches, policy, method=4)
+    with pytest.raises(
+        ValueError, match=r"(?s)`calibrate\(.*batch 1 has.*Batches must have one shape"
+    ):
+        uneven = [(jnp.ones((2, 8)),), (jnp.ones((3, 8)),)]
+        calibrate(apply, params, uneven, policy, method="gptq")
+    with pytest.raises(ValueError, match="pass a policy"):
+        calibrate(apply, params, batches, method="gptq")
     with pytest.raises(ValueError, match=r'observer is one of "minmax"'):
         calibrate(apply, params, batches, policy, observer="kl")
     with pytest.raises(ValueError, match="got no batch"):

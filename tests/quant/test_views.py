@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jopt.quant import FakeQuant, Int, QArray, Spec, calibrate, qat, quantize
-from jopt.trace.layered import _blocks, _regroup
 from jopt.trace import explain, lift
+from jopt.trace.layered import _blocks, _regroup
 
 GROUP = Int(4, granularity="group", group_size=4)
 

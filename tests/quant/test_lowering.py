@@ -1,0 +1,380 @@
+"""Implementations of one product against float64, which of them is chosen, and its derivative."""
+
+import functools
+import os
+import stat
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from quant_reference import integers
+
+from jopt import quant
+from jopt.quant import BFloat16, Int, Spec, use_implementation, use_table
+from jopt.quant import _lowering as lowering
+from jopt.quant import _timings as timings
+from jopt.quant._implementations import NAMES
+from jopt.trace import explain, lift, sites
+
+GROUPS = Int(4, granularity="group", group_size=32)
+AFFINE = Int(8, symmetric=False)
+TOKEN = Int(8, symmetric=False, granularity="token")
+
+
+def product(turned):
+    return (lambda w, x: jnp.einsum("bi,oi->bo", x, w)) if turned else (lambda w, x: x @ w)
+
+
+def operands(spec, rows, turned=False, inputs=64, outputs=384):
+    """The function, a weight that it sums over the right axis, and an activation."""
+    rng = np.random.default_rng(0)
+    shape = (outputs, inputs) if turned else (inputs, outputs)
+    w = jnp.asarray(rng.normal(size=shape) + 0.2, jnp.float32)
+    x = jnp.asarray(rng.normal(size=(rows, inputs)), jnp.float32)
+    f = product(turned)
+    return f, quant.quantize(w, spec, sites=sites(f, w, x)), x
+
+
+def expected(leaf, x, turned):
+    """Rounded activation times dequantized weight in float64."""
+    x, w = np.asarray(x), np.asarray(leaf.materialise(), np.float64)
+    if isinstance(leaf.activation, BFloat16):
+        x = np.asarray(jnp.asarray(x).astype(jnp.bfloat16), np.float64)
+    elif leaf.activation is not None:
+        rows = [x] if leaf.activation.granularity != "token" else np.split(x, len(x))
+        pairs = [integers(row, leaf.activation) for row in rows]
+        x = np.concatenate([codes * np.float64(scale) for codes, scale in pairs])
+    return np.asarray(x, np.float64) @ (w.T if turned else w)
+
+
+def computed(f, leaf, x, name):
+    with use_implementation(name):
+        how = explain(f, leaf, x)[-1].how
+        return how, np.asarray(jax.jit(lift(f))(leaf, x))
+
+
+CASES = [  # weight, activation, rows, turned, implementations
+    (Int(8), Int(8), 1, False, "padded bfloat16 integers dense"),
+    (AFFINE, AFFINE, 1, False, "padded bfloat16"),
+    (AFFINE, TOKEN, 3, False, "integers bfloat16 dense"),
+    (Int(4, symmetric=False), TOKEN, 3, False, "paired_integers paired_bfloat16 bfloat16"),
+    (Int(4, symmetric=False), AFFINE, 1, True, "padded paired_padded paired_bfloat16"),
+    (Int(4, granularity="tensor"), Int(8), 3, True, "paired_integers"),
+    (GROUPS, AFFINE, 3, False, "grouped paired_grouped grouped_bfloat16 dense"),
+    (GROUPS, TOKEN, 1, True, "grouped paired_grouped paired_grouped_bfloat16"),
+    (Int(8), None, 1, False, "tiled tiled_wide padded_dense dense"),
+    (GROUPS, None, 3, True, "tiled paired_tiled paired_dense"),
+    (Int(4, symmetric=False), None, 3, False, "paired_tiled tiled_wide"),
+    (quant.NF4(32), None, 1, False, "tiled paired_tiled"),
+    (Int(8), BFloat16(), 1, False, "bfloat16"),
+    (Int(4, symmetric=False), BFloat16(), 3, True, "paired_bfloat16 bfloat16"),
+    (GROUPS, BFloat16(), 3, False, "grouped_bfloat16 paired_grouped_bfloat16"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(CASES.index(case)))
+def test_implementations_compute_the_product(case):
+    weight, activation, rows, turned, names = case
+    f, leaf, x = operands(Spec(weight, activation), rows, turned)
+    wanted = expected(leaf, x, turned)
+    for name in names.split():
+        how, y = computed(f, leaf, x, name)
+        if name not in ("integers", "dense") and (name, activation) != ("bfloat16", BFloat16()):
+            assert f"`{name}` on cpu/cuda/rocm/tpu (as asked for)" in how
+        np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_bfloat16_rounds_the_activation_and_nothing_else():
+    # A row of ones times codes: the sum of integers is exact, which rounded weights' is not.
+    leaf = quant.quantize(jnp.linspace(-1, 1, 96)[:, None], Spec(Int(8), BFloat16()))
+    y = lift(lambda w, x: x @ w)(leaf, jnp.ones((2, 96)))
+    exact = np.asarray(leaf.codes, np.int64).sum() * np.float64(leaf.scale[0, 0])
+    np.testing.assert_allclose(y, np.full((2, 1), exact), rtol=1e-7)
+    group = quant.quantize(jnp.ones((8, 4)) / 3, Spec(quant.NF4(4), BFloat16()))
+    assert "bfloat16" in explain(lambda w, x: x @ w, group, jnp.ones((2, 8)))[-1].how
+    kernel = quant.quantize(jnp.ones((3, 3, 2, 4)), Spec(Int(8), BFloat16()))
+
+    def conv(w, x):
+        return jax.lax.conv(x.transpose(0, 3, 1, 2), w.transpose(3, 2, 0, 1), (1, 1), "SAME")
+
+    y = jax.jit(lift(conv))(kernel, jnp.full((1, 5, 5, 2), 1.001))
+    np.testing.assert_allclose(y[0, 0, 2, 2], 18.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [Spec(GROUPS, Int(8)), Spec(Int(4)), Spec(Int(8), BFloat16())])
+def test_derivatives_are_those_of_the_dense_form(spec):
+    f, leaf, x = operands(spec, 3)
+    name = {GROUPS: "paired_grouped", Int(4): "paired_tiled"}.get(spec.weight, "bfloat16")
+
+    def loss(x, leaf):
+        return jnp.sum(jnp.sin(lift(f)(leaf, x)))
+
+    def gradients():
+        found = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(x, leaf)
+        return found[0], found[1].scale
+
+    with use_implementation(name):
+        ours = gradients()
+    w = np.asarray(leaf.materialise(), np.float64)
+    cotangent = np.cos(expected(leaf, x, False))
+    np.testing.assert_allclose(ours[0], cotangent @ w.T, rtol=1e-3, atol=1e-3)
+    with use_implementation("dense"):
+        theirs = gradients()
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-3, atol=1e-3)
+
+
+def test_tokens_have_scales_of_their_own():
+    f, leaf, x = operands(Spec(Int(8), Int(8, granularity="token")), 4)
+    x = x.at[2].multiply(1e-4)  # beside the others it would round to zero
+    y = np.asarray(lift(f)(leaf, x))
+    wanted = np.asarray(x, np.float64) @ np.asarray(leaf.materialise(), np.float64)
+    error = np.abs(y - wanted).max(1) / np.abs(wanted).max(1)
+    assert error.max() < 0.02
+    trained = quant.qat(leaf.materialise(), Spec(Int(8), Int(8, granularity="token")))
+    np.testing.assert_allclose(lift(f)(trained, x), y, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="tokens are rows of an activation"):
+        Spec(Int(8, granularity="token"))
+    with pytest.raises(ValueError, match="found in each call"):
+        Spec(Int(8), Int(8, granularity="token"), static=True)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_tokens_of_a_convolution_are_examples(symmetric):
+    spec = Spec(Int(8), Int(8, symmetric=symmetric, granularity="token"))
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(3, 6, 6, 4)) + 0.5, jnp.float32) * jnp.array(
+        [1.0, 1e-4, 10.0]
+    ).reshape(3, 1, 1, 1)
+    leaf = quant.quantize(jnp.asarray(rng.normal(size=(3, 3, 4, 5)), jnp.float32), spec)
+
+    def f(w, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers)
+
+    together = jax.jit(lift(f))(leaf, x)
+    one = jax.jit(lift(f))
+    apart = jnp.concatenate([one(leaf, x[i : i + 1]) for i in range(3)])
+    np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-7)
+    plain = np.asarray(f(leaf.materialise(), x))
+    error = np.abs(together - plain).max((1, 2, 3)) / np.abs(plain).max((1, 2, 3))
+    assert error.max() < 0.02
+
+
+# What is chosen.
+
+
+def table(**times):
+    entry = quant.Timing("w8a8", 64, 1024, 1024, tuple(times.items()))
+    return quant.Timings("cpu", "here", jax.__version__, (entry,))
+
+
+def test_the_nearest_measurement_chooses():
+    case = lowering.Case("w8a8", 100, 900, 1100)
+    names = ("integers", "bfloat16", "dense")
+    with use_table(table(integers=3.0, bfloat16=2.0, pallas=1.0)):
+        plan = lowering.plan(case, names, "integers")
+    assert plan.names == ("bfloat16", "integers", "integers", "integers")  # this table is of a CPU
+    assert plan.reasons[0] == "measured at 64×1024×1024, 1.5 times as fast as `integers`"
+    assert plan.only is None
+    small = lowering.plan(case._replace(inputs=8, outputs=8), names, "integers")
+    assert small.only == "integers"
+    unknown = lowering.plan(case._replace(rows=None), names, "integers")
+    assert len(unknown.names) == 4
+    # What makes the weight dense has to be worth it.
+    for dense, name in ((0.95, "tiled"), (0.8, "dense")):
+        with use_table(table(dense=dense, tiled=1.0)):
+            assert lowering.plan(case, ("dense", "tiled"), "dense").names[0] == name
+    other = [
+        quant.Timing("w8a8", 1, 1024, 1024, (("integers", 1.0), ("bfloat16", 9.0))),
+        *table(integers=9.0, bfloat16=1.0).entries,
+    ]
+    with use_table(timings.here(other)):
+        few, many = (lowering.plan(case._replace(rows=r), names, "integers") for r in (4, 32))
+    assert (few.names[0], many.names[0]) == ("integers", "bfloat16")
+
+
+def test_every_choice_of_our_table_can_serve():
+    for entry in timings.built_in()["cpu"].entries:
+        assert {name for name, _ in entry.microseconds} <= set(NAMES)
+    for spec in (Spec(Int(8), Int(8)), Spec(Int(4), Int(8)), Spec(GROUPS, Int(8)), Spec(Int(4))):
+        for rows in (1, 64):
+            f, leaf, x = operands(spec, rows, inputs=512, outputs=512)
+            y = jax.jit(lift(f))(leaf, x)
+            with use_implementation("dense"):
+                wanted = jax.jit(lift(f))(leaf, x)
+            np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+    how = explain(f, leaf, x)[-1].how
+    assert "on cpu (measured at 64×512×512" in how
+
+
+def test_a_change_is_seen_by_functions_compiled_before():
+    f, leaf, x = operands(Spec(Int(8)), 2, inputs=256, outputs=512)
+    compiled, traced = jax.jit(lambda w, x: lift(f)(w, x)), []
+
+    def loops():
+        traced.append(str(jax.make_jaxpr(lambda w, x: compiled(w, x))(leaf, x)))
+        return "scan" in traced[-1]
+
+    with use_implementation("dense"):
+        assert not loops()
+    with use_implementation("tiled"):
+        assert loops()
+    with use_implementation("dense"):
+        assert not loops()
+    with pytest.raises(ValueError, match=r"implementations are `integers`, .*`pallas`"):
+        use_implementation("fast").__enter__()
+
+
+def test_lowers_everywhere_and_differs_by_platform():
+    for spec in (Spec(GROUPS, Int(8)), Spec(Int(4)), Spec(Int(4), BFloat16())):
+        f, leaf, _ = operands(spec, 1, inputs=256, outputs=512)
+        x = jax.ShapeDtypeStruct((1, 256), jnp.float32)
+        export = jax.export.export(jax.jit(lift(f)), platforms=["cpu", "cuda", "tpu"])
+        assert "stablehlo.case" in export(leaf, x).mlir_module()
+        rows = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), 256), jnp.float32)
+        exported = jax.export.export(jax.jit(lift(f)), platforms=["cpu", "cuda"])(leaf, rows)
+        x = jax.random.normal(jax.random.key(0), (5, 256))
+        wanted = jax.jit(lift(f))(leaf, x)
+        np.testing.assert_allclose(exported.call(leaf, x), wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_float8_products_where_there_are_units_for_them():
+    spec = Spec(quant.FP8(), quant.FP8())
+    f, leaf, x = operands(spec, 16)
+    text = jax.export.export(jax.jit(lift(f)), platforms=["cuda"])(leaf, x).mlir_module()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) == 1 and products[0].count("f8E4M3FN>") == 2
+    plain = np.asarray(lift(f)(leaf, x))
+    with use_implementation("float8"):
+        ours = np.asarray(jax.jit(lift(f))(leaf, x))
+    np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5 * np.abs(plain).max())
+    wanted = np.asarray(x, np.float64) @ np.asarray(leaf.materialise(), np.float64)
+    assert np.linalg.norm(ours - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("spec", [Spec(GROUPS, Int(8)), Spec(Int(4)), Spec(Int(8), Int(8))])
+def test_devices(spec):
+    f, leaf, x = operands(spec, 8, inputs=256, outputs=512)
+    wanted = jax.jit(lift(f))(leaf, x)
+    auto = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.device_put(x, NamedSharding(auto, PartitionSpec("data")))
+    np.testing.assert_allclose(jax.jit(lift(f))(leaf, rows), wanted, rtol=1e-4, atol=1e-3)
+    data = PartitionSpec("data")
+    if spec.activation is None:  # else each shard has a range of its own
+        mapped = jax.shard_map(lift(f), mesh=auto, in_specs=(PartitionSpec(), data), out_specs=data)
+        np.testing.assert_allclose(jax.jit(mapped)(leaf, rows), wanted, rtol=1e-4, atol=1e-3)
+    explicit = jax.make_mesh((8,), ("data",))
+    with jax.set_mesh(explicit):
+        put = (
+            jax.device_put(leaf, PartitionSpec(None, "data")),
+            jax.device_put(x, PartitionSpec()),
+        )
+        np.testing.assert_allclose(jax.jit(lift(f))(*put), wanted, rtol=1e-4, atol=1e-3)
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a]), leaf)
+    mapped = jax.jit(jax.vmap(lift(f)))(stacked, jnp.stack([x, x]))
+    np.testing.assert_allclose(mapped[1], wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("format", [Int(8), Int(4), Int(4, granularity="group", group_size=64)])
+def test_weights_alone_take_less_memory_than_floats(format):
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = [jax.random.normal(key, (512, 512)) for key in keys]
+    x = jnp.ones((8, 512))
+
+    def apply(params, x):
+        for w in params:
+            x = jax.nn.relu(x @ w)
+        return x
+
+    def peak(params):
+        analysis = jax.jit(lift(apply)).lower(params, x).compile().memory_analysis()
+        return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+
+    stored = quant.quantize(params, format)
+    assert peak(stored) < peak(params)
+    with use_implementation("dense"):
+        assert peak(stored) > peak(params)  # which is what tiles are for
+
+
+def test_long_sums_of_a_convolution_are_exact_where_they_are_of_floats():
+    from jopt.quant import _convolution as convolution
+
+    rng = np.random.default_rng(0)
+    for terms, size in ((900, 128), (9_000, 128), (33_000, 128)):
+        x = rng.integers(size - 4, size, (1, 1, terms)).astype(np.int8)
+        kernel = rng.integers(-size, -size + 4, (1, terms, 2)).astype(np.int8)
+
+        def run(x, kernel):
+            numbers = ("NHC", "HIO", "NHC")
+            return jax.lax.conv_general_dilated(x, kernel, (1,), "VALID", dimension_numbers=numbers)
+
+        split = functools.partial(convolution._split_sum, run, terms=terms, size=(size, size))
+        y = jax.jit(lambda x, k, split=split: split(x, k))(x, kernel)
+        wanted = np.einsum("bhi,hio->bho", x.astype(np.int64), kernel.astype(np.int64))
+        np.testing.assert_array_equal(y, wanted)
+
+
+# The table's file.
+
+
+def test_a_table_on_disk(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "products.json"
+    found = quant.tune([(2, 64, 256), (2, 32, 256)], kinds=["w4-group"], rounds=1, seconds=0.0)
+    assert [t.inputs for t in found.entries] == [64]  # groups of 64 do not divide 32
+    quant.write_table(found, path)
+    read = timings.read(path)
+    assert read is not None and [t.kind for t in read.entries] == ["w4-group"]
+    assert os.listdir(path.parent) == [path.name]
+    assert stat.S_IMODE(path.stat().st_mode) & 0o400
+    for text, why in (
+        (path.read_text()[:-20], "it is no JSON"),
+        ("[]", '"format" is not'),
+        (path.read_text().replace("products 1", "products 0"), '"format" is not'),
+        (path.read_text().replace(jax.__version__, "0.1"), "measured with JAX 0.1, not"),
+        (path.read_text().replace(timings.device(), "abacus"), "measured on 'abacus'"),
+        (path.read_text().replace("64, 256]", "64]"), "one of its products is"),
+        (path.read_text().replace('"w4-group"', "7"), "one of its products is"),
+    ):
+        path.write_text(text)
+        with pytest.warns(UserWarning, match=why):
+            assert timings.read(path) is None
+        quant.write_table(found, path)
+    with pytest.warns(UserWarning, match="No such file"), use_table(tmp_path / "none.json"):
+        assert lowering.plan(lowering.Case("w8", 1, 8, 8), ("dense",), "dense").only == "dense"
+    quant.write_table(table(integers=2.0, bfloat16=1.0), path)
+    text = path.read_text().replace('"here"', f'"{timings.device()}"')
+    path.write_text(text)
+    monkeypatch.setenv("JOPT_PRODUCTS", str(path))
+    case = lowering.Case("w8a8", 64, 1024, 1024)
+    assert lowering.plan(case, ("integers", "bfloat16"), "integers").names[0] == "bfloat16"
+
+
+def test_tune_refuses_what_it_cannot_measure():
+    with pytest.raises(ValueError, match=r"a shape is \(rows, inputs, outputs\), got \(1, 2\)"):
+        quant.tune([(1, 2)])
+    with pytest.raises(ValueError, match="'w9' is none of w8a8"):
+        quant.tune([(1, 2, 3)], kinds=["w9"])
+
+
+def test_the_command_writes_a_table(tmp_path):
+    runner = pytest.importorskip("typer.testing").CliRunner()
+    from jopt import cli
+
+    path = tmp_path / "products.json"
+    options = ["--shape", "2x32x64", "--kind", "w8a8", "--rounds", "1", "--output", str(path)]
+    result = runner.invoke(cli.app, ["profile", "--tune", *options])
+    assert result.exit_code == 0, result.output
+    assert "w8a8         2x32x64: " in result.output and f"Wrote {path}" in result.output
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert timings.read(path) is not None
+    for options, why in (
+        (["--tune", "--shape", "2x32"], "expected ROWSxINPUTSxOUTPUTS"),
+        ([], "needs a recipe"),
+        (["digits", "--shape", "2x2x2"], "options of `--tune`"),
+    ):
+        result = runner.invoke(cli.app, ["profile", *options])
+        assert result.exit_code != 0 and why in str(result.exception)
