@@ -55,7 +55,7 @@ def fold_batch_norm(
       >>> import jax, jax.numpy as jnp
       >>> from flax import linen
       >>> from jopt import nn
-      >>> net = linen.Sequential([linen.Dense(3), linen.BatchNorm(use_running_average=True)])
+      >>> net = linen.Sequential([linen.Dense(3), linen.BatchNorm(True, epsilon=1.0)])
       >>> x = jnp.ones((2, 4))
       >>> variables, report = nn.fold_batch_norm(net.apply, net.init(jax.random.key(0), x), x)
       >>> [(row.path, row.reason) for row in report]

@@ -117,7 +117,7 @@ def _written(cache: Cache, update: Any) -> Cache | None:
     """What is to be written, on scales of its own; None if it covers a scale only in part."""
     if isinstance(update, Cache):
         kinds = ((c.format, c.zero_point is None, c.codes.dtype) for c in (cache, update))
-        return update if len(set(kinds)) == 1 else None
+        return update if len(set(kinds)) == 1 and _shares(cache, update) else None
     if trees.is_typed(update):
         return None
     sizes = list(zip(cache.scale.shape, cache.codes.shape, update.shape, strict=True))
@@ -125,6 +125,14 @@ def _written(cache: Cache, update: Any) -> Cache | None:
         return None
     shared = [axis for axis, n in enumerate(cache.scale.shape) if n == 1]
     return _coded(cache, update, shared)
+
+
+def _shares(cache: Cache, update: Cache) -> bool:
+    """Whether what shares a scale in one does so in the other."""
+    sizes = (cache.codes.shape, cache.scale.shape, update.codes.shape, update.scale.shape)
+    return all(
+        (m == n and p == q) or (n == q and m == p) for m, n, p, q in zip(*sizes, strict=True)
+    )
 
 
 def _coded(cache: Cache, update: Any, shared: Sequence[int]) -> Cache | None:

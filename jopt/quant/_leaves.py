@@ -189,13 +189,13 @@ class FakeQuant(WeightLeaf):
 
     def joined(self, array: jax.Array, coarse: Any) -> "DenseWeight":
         """The rounded weight seen otherwise, which no longer knows what its scales were."""
-        return DenseWeight(array, coarse, self.activation, self.static, ())
+        return DenseWeight(array, coarse, self.activation, self.static)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["value", "range"],
-    meta_fields=["activation", "static", "observed"],
+    meta_fields=["activation", "static"],
 )
 @dataclasses.dataclass(frozen=True)
 class DenseWeight(WeightLeaf):
@@ -205,7 +205,6 @@ class DenseWeight(WeightLeaf):
     range: Range | None
     activation: Format | None
     static: bool
-    observed: tuple[str, ...]  # record the activation's range under these names, leave it as it is
 
     def materialise(self) -> jax.Array:
         """The weight."""

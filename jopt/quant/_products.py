@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jopt import trees
-from jopt.trace import Stat, rule
+from jopt.trace import rule
 from jopt.trace.layered import shared_along
 
 from . import _kernels
@@ -65,11 +65,6 @@ def _frozen(call: Any) -> tuple[tuple[str, Any], ...]:
 
 def _product(call: Any, leaf: WeightLeaf, x: jax.Array, operation: Dot | Conv) -> Any:
     """The product by its dense form, or by an implementation with the derivative of that."""
-    for name in getattr(leaf, "observed", ()):
-        low, high = jnp.min(x, initial=0.0), jnp.max(x, initial=0.0)
-        call.record(
-            name, (Stat(low.astype(jnp.float32), "min"), Stat(high.astype(jnp.float32), "max"))
-        )
     if leaf.activation is None or not jnp.issubdtype(x.dtype, jnp.floating):
         return _weight_alone(call, leaf, x, operation)
     _check_calibrated(call.path, leaf)

@@ -234,7 +234,8 @@ def _largest(
         def watch(path: str, leaf: Any) -> Any:
             if path not in chosen:
                 return leaf
-            return watched(leaf, path, moments, contracted=chosen[path].contracted or ())
+            axes = chosen[path].contracted or ()
+            return watched(leaf, path, moments, contracted=axes, layers=True)
 
         found = collect(apply, allow_dense=True)(trees.map_with_path(watch, params), *inputs)[1]
         return {path: {"largest": stats["largest"]} for path, stats in found.items()}

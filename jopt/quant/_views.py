@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jopt.trace import rule
 from jopt.trace.layered import coarse_map, full_along
 
-from ._leaves import DenseWeight, QArray, Range, WeightLeaf
+from ._leaves import QArray, Range, WeightLeaf
 
 Shape = tuple[int, ...]
 
@@ -87,9 +87,6 @@ def _together(
         return NotImplemented
     if not all(isinstance(leaf, QArray) for leaf in leaves):
         leaves = [leaf.joined(*leaf.split()) for leaf in leaves]
-    if isinstance(leaves[0], DenseWeight):
-        names = tuple(name for leaf in leaves for name in leaf.observed)
-        leaves = [dataclasses.replace(leaf, observed=names) for leaf in leaves]
     kinds = {(jax.tree.structure(leaf), leaf.range and leaf.range.low.shape) for leaf in leaves}
     if len(kinds) > 1:
         return NotImplemented

@@ -27,6 +27,7 @@ class Watched(DenseWeight):
     Without `ends` that is the smallest and the largest value, else a histogram between them.
     """
 
+    observed: tuple[str, ...]
     ends: tuple[Range, ...] | None  # for each name, of the weight's rank, as `QArray.range`
     bins: int  # of each histogram
 

@@ -41,7 +41,8 @@ def _jit(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
             return evaluate(frame.inline(equation), compat.body_of(equation), operands)
 
     def body(*operands: Any) -> Any:
-        return dense_outputs(equation, frame, compat.body_of(equation), operands)
+        travel = "out_shardings" not in options  # which are those of arrays
+        return dense_outputs(equation, frame, compat.body_of(equation), operands, travel=travel)
 
     if "in_shardings" in options:
         pairs = zip(operands, options["in_shardings"], strict=True)
@@ -88,7 +89,7 @@ def _scan(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
     def once(carry: Any, x: Any) -> Any:
         x, given = x
         inside, operands = dataclasses.replace(frame, given=given), [*constants, *carry, *x]
-        return dense_outputs(equation, inside, params["jaxpr"], operands, scans=1, travel=True)
+        return dense_outputs(equation, inside, params["jaxpr"], operands, loop=(True,), travel=True)
 
     def body(carry: Any, x: Any) -> Any:
         carry, kept = carry
@@ -134,7 +135,13 @@ def _while(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any]:
 
     def step(carry: Any) -> Any:
         results, records = dense_outputs(
-            equation, frame, params["body_jaxpr"], [*constants, *carry], body=1, travel=True
+            equation,
+            frame,
+            params["body_jaxpr"],
+            [*constants, *carry],
+            body=1,
+            loop=(False,),
+            travel=True,
         )
         return results, _leaving(records)[0]
 
@@ -240,14 +247,14 @@ def dense_outputs(
     operands: Sequence[Any],
     *,
     body: int = 0,
-    scans: int = 0,
+    loop: tuple[bool, ...] = (),
     travel: bool = False,
 ) -> tuple[list[Any], Any]:
     """The results of a body of an equation as arrays, and what it recorded.
 
     With `travel` leaves that may do so stay leaves.
     """
-    frame = frame.inner(equation, body, scans=scans)
+    frame = frame.inner(equation, body, loop=loop)
     leave = leaving if travel else settled
     results = [leave(frame, equation, x, _OUT) for x in evaluate(frame, jaxpr, operands)]
     return results, frame.records()
@@ -323,7 +330,7 @@ def _agreeing(
 def _kind(value: Any) -> Any:
     """What two values have in common that can take each other's place in a carry."""
     arrays, structure = jax.tree.flatten(value)
-    return structure, tuple((array.shape, array.dtype) for array in arrays)
+    return structure, tuple((jnp.shape(array), jnp.result_type(array)) for array in arrays)
 
 
 def _leaving(records: dict[str, stats.Record]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -72,21 +72,27 @@ class Frame:
     allow_dense: bool
     recorder: Recorder | None = None
     plan: Plan = _NO_PLAN
-    scans: int = 0  # that enclose the body
+    loops: tuple[bool, ...] = ()  # that enclose the body, outermost first: is it a scan?
     met: dict[Any, Met] | None = None  # filled for `explain`
+    source: str = ""  # the user's line of what encloses the body
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for swaps; scans slice it
 
-    def inner(self, equation: Any, body: int = 0, *, scans: int = 0) -> "Frame":
+    def inner(self, equation: Any, body: int = 0, *, loop: tuple[bool, ...] = ()) -> "Frame":
         """The frame of a nested body, which records on its own."""
         return dataclasses.replace(
             self.inline(equation, body),
             recorder=None if self.recorder is None else Recorder(),
-            scans=self.scans + scans,
+            loops=self.loops + loop,
         )
 
     def inline(self, equation: Any, body: int = 0) -> "Frame":
         """The frame of a nested body that is evaluated as a part of this one."""
-        return dataclasses.replace(self, plan=self.plan.inside.get((id(equation), body), _NO_PLAN))
+        plan = self.plan.inside.get((id(equation), body), _NO_PLAN)
+        return dataclasses.replace(self, plan=plan, source=self.source_of(equation))
+
+    def source_of(self, equation: Any) -> str:
+        """The user's line of an equation, or of what encloses it where JAX does not know."""
+        return compat.source_of(equation) or self.source
 
     def silent(self, equation: Any) -> "Frame":
         """The frame of a nested body, the first of an equation, that records nothing."""
@@ -106,6 +112,6 @@ class Frame:
         if self.met is not None:
             name, source = "return", ""
             if equation is not None:
-                name, source = str(equation.primitive), compat.source_of(equation)
+                name, source = str(equation.primitive), self.source_of(equation)
             found = Met(origin.path, name, dense, how, source)
             self.met.setdefault((id(equation), origin.path, compat.current_scope()), found)

@@ -207,6 +207,7 @@ def _gather(call: Any, leaf: Layered, indices: jax.Array) -> Any:
     codes, coarse = leaf.split()
     if not jax.tree.leaves(coarse):
         return call.bind(leaf.materialise(), indices)
+    call.say("rows of it, dequantized: from here on they are activations")
     params, sizes = call.params, call.params["slice_sizes"]
     numbers = params["dimension_numbers"]
 

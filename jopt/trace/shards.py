@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from . import compat, stats
 from .control import dense_outputs, hand_over
 from .frame import Frame, Tracked
+from .layered import Layered
 from .leaf import aval_of
 from .rules import structure
 from .walk import dense
@@ -50,6 +51,12 @@ def _split(value: Any, spec: PartitionSpec, mesh: Any) -> Any:
 
     def own(array: Any) -> PartitionSpec | None:
         if array.ndim != len(shape):
+            return None
+        pairs = zip(axes, array.shape, shape, strict=True)
+        coarser = any(axis is not None and n not in (1, m) for axis, n, m in pairs)
+        if coarser and not isinstance(
+            value.leaf, Layered
+        ):  # groups are split; others may be no part
             return None
         names = [None if size == 1 else axis for axis, size in zip(axes, array.shape, strict=True)]
         fits = all(

@@ -25,7 +25,7 @@ from .program import is_array, program
 from .sites import Site, sites
 from .stats import Recorder, merge
 from .walk import collect, evaluate
-from .watch import Measure, watched
+from .watch import SLICED, Measure, watched
 
 PyTree = Any
 
@@ -116,8 +116,9 @@ def staged(
     Weights are visited in the order of the function. Weights that read the same values (query, key
     and value) are measured together. Everything after a visited weight sees what it became. A
     weight that several products read, or one that a loop uses in every iteration, is visited
-    before all others, with what all of its uses meet added up. Those inside a `cond` or `while`,
-    and stacked ones that a scan does not slice as they are, are measured together.
+    before all others, with what all of its uses meet added up. Those inside a `cond` or `while`
+    are measured together. A stacked weight is visited layer by layer if the scan slices it as it
+    is, and not at all if it slices a view of it.
 
     Args:
       apply: any function `apply(params, *inputs)`.
@@ -171,13 +172,22 @@ def staged(
         if operand.parameter
     }
     params = trees.map_with_path(lambda path, leaf: new.get(path, leaf), params)
-    missed |= {path: NOT_MET for path in targets if path not in run.visited}
+    missed |= {
+        path: SLICED_VIEW if path in run.sliced else NOT_MET
+        for path in targets
+        if path not in run.visited
+    }
     return params, missed
 
 
 NOT_MET = (
     "no product met this weight as it is: the function computes something from it first; "
     "`jopt.trace.hoist` makes a weight of what it computes"
+)
+
+
+SLICED_VIEW = (
+    "a scan slices a view of it, so that its layers cannot be told apart: scan the weight as it is"
 )
 
 
@@ -211,6 +221,7 @@ class _Run:
         self.uses: collections.Counter[str] = collections.Counter()
         self.shared: frozenset[str] = frozenset()
         self.visited: set[str] = set()
+        self.sliced: set[str] = set()  # views of them, by scans
         self.bodies: dict[int, Any] = {}  # of scans, inlined
 
     def watch(self, path: str, value: jax.Array) -> Any:
@@ -223,20 +234,16 @@ class _Run:
             batched=target.batched,
         )
 
+    def note(self, stats: dict[str, Any]) -> None:
+        """Notes the weights whose layers cannot be told apart."""
+        self.sliced |= {path for path in self.targets if path + SLICED in stats}
+
     def stop(self, path: str, index: tuple[int, ...], weight: jax.Array, stats: Any) -> jax.Array:
-        """Visits a weight, or each layer of one whose statistics came stacked."""
+        """Visits a weight."""
         stats = jax.tree.map(lambda stat: stat.value, stats, is_leaf=lambda x: hasattr(x, "merge"))
-        layers = stats.pop("calls").shape
         self.visited.add(path)
-        if not layers:
-            new = self.visit(Stop(self.targets[path], index, weight, stats))
-            return weight if new is None else _same(path, new, weight)
-        parts = []
-        for at in np.ndindex(*layers):
-            part = jax.tree.map(lambda a, at=at: a[at], stats)
-            new = self.visit(Stop(self.targets[path], (*index, *at), weight[at], part))
-            parts.append(weight[at] if new is None else _same(path, new, weight[at]))
-        return jnp.stack(parts).reshape(weight.shape)
+        new = self.visit(Stop(self.targets[path], index, weight, stats))
+        return weight if new is None else _same(path, new, weight)
 
 
 def _planned(traced: Any, run: _Run) -> "_Body":
@@ -453,10 +460,11 @@ class _Body:
         self, function: "_Function", stage: _Stretch, fixed: Any, varying: Any, index: Any
     ) -> None:
         stats = _folded(new for _, new in function.each(fixed, varying))
+        self.run.note(stats)
         places = {path: variable for variable, path in self.targets.items()}
         reached = dict.fromkeys(p for e in stage.equations for p in sorted(self._reached(e)))
         for path in reached:
-            if path in places and path in stats:
+            if path in places and path in stats and path not in self.run.sliced:
                 weight = fixed[places[path]]
                 fixed[places[path]] = self.run.stop(path, index, weight, stats[path])
 
@@ -568,16 +576,10 @@ def _visit_shared(
 ) -> PyTree:
     """Visits each weight that several products read, with what all of them meet."""
     for path in sorted(run.shared):
-
-        @jax.jit
-        def observe(params: PyTree, inputs: tuple[Any, ...], path: str = path) -> Any:
-            marked = trees.map_with_path(
-                lambda at, leaf: run.watch(path, leaf) if at == path else leaf, params
-            )
-            return collect(apply, allow_dense=True)(marked, *inputs)[1]
-
-        stats = _folded(observe(params, batch) for batch in inputs)
-        if path not in stats:
+        observe = _observer(apply, params, run, path)
+        stats = _folded(map(observe, inputs))
+        run.note(stats)
+        if path not in stats or path in run.sliced:
             continue
         weight = dict(trees.items(params))[path]
         new = run.stop(path, (), weight, stats[path])
@@ -593,6 +595,32 @@ _merge = jax.jit(merge)
 def _folded(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The statistics of all batches."""
     return functools.reduce(lambda stats, new: _merge(stats, new) if stats else new, found, {})
+
+
+def _observer(
+    apply: Callable[..., Any], params: PyTree, run: _Run, path: str
+) -> Callable[[tuple[Any, ...]], dict[str, Any]]:
+    """What one batch adds to the statistics of one weight. Python values stay Python."""
+    structure: Any = None
+    rest: list[Any] = []
+
+    def statistics(arrays: list[Any]) -> dict[str, Any]:
+        given = iter(arrays)
+        leaves = [next(given) if is_array(leaf) else leaf for leaf in rest]
+        params, inputs = jax.tree.unflatten(structure, leaves)
+        marked = trees.map_with_path(
+            lambda at, leaf: run.watch(path, leaf) if at == path else leaf, params
+        )
+        return collect(apply, allow_dense=True)(marked, *inputs)[1]
+
+    compiled = jax.jit(statistics)
+
+    def observe(inputs: tuple[Any, ...]) -> dict[str, Any]:
+        nonlocal structure, rest
+        rest, structure = jax.tree.flatten((params, inputs))
+        return compiled([leaf for leaf in rest if is_array(leaf)])
+
+    return observe
 
 
 _slice = jax.jit(lambda array, i: array[i])
@@ -636,7 +664,7 @@ def _check(caller: str, inputs: Sequence[tuple[Any, ...]]) -> None:
         raise ValueError(f"`{caller}(apply, params, batches, ...)` got no batch.")
 
     def shapes(batch: Any) -> Any:
-        return jax.tree.map(lambda x: jax.eval_shape(lambda: x) if is_array(x) else x, batch)
+        return jax.tree.map(lambda x: (jnp.shape(x), x.dtype) if is_array(x) else x, batch)
 
     first = shapes(inputs[0])
     for number, batch in enumerate(inputs):

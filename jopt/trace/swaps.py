@@ -54,7 +54,7 @@ class Swapped:
     def record(self, stat: Any) -> None:
         """Hands over a statistic: one entry for each iteration of the scans around."""
         if self.frame.recorder is not None:
-            self.frame.recorder.add(self.name, Record(stat, (True,) * self.frame.scans))
+            self.frame.recorder.add(self.name, Record(stat, self.frame.loops))
 
 
 Computation = Callable[..., Any]  # f(swapped, left, right) -> result

@@ -227,7 +227,7 @@ def evaluate(frame: Frame, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
     if frame.recorder is not None:
         for name, variable in frame.plan.points:
             stat = Stat(materialised(values[variable]), "once")
-            frame.recorder.add(name, Record(stat, (True,) * frame.scans))
+            frame.recorder.add(name, Record(stat, frame.loops))
     return [read(v) for v in jaxpr.outvars]
 
 
@@ -270,7 +270,7 @@ def dense(frame: Frame, equation: Any, operands: Sequence[Any], why: str = "") -
         if isinstance(x, Tracked) and not (
             frame.allow_dense or getattr(x.leaf, "always_dense", False)
         ):
-            raise ValueError(_refusal(equation, x, why))
+            raise ValueError(_refusal(frame, equation, x, why))
         if isinstance(x, Tracked):
             frame.note(equation, x, True, _reason(equation, x, why))
     return compat.bind(equation, [materialised(x) for x in operands])
@@ -358,12 +358,12 @@ def _check(equation: Any, function: rules.Rule, results: Sequence[Any]) -> None:
             )
 
 
-def _refusal(equation: Any, tracked: Tracked, why: str) -> str:
+def _refusal(frame: Frame, equation: Any, tracked: Tracked, why: str) -> str:
     kind = type(tracked.leaf).__name__
     where = f"`{tracked.path}`" if tracked.path else "an argument"
     reason = _reason(equation, tracked, why)
     return (
-        f"`lift(apply)` would make {where} dense: {reason} ({compat.source_of(equation)}).\n"
+        f"`lift(apply)` would make {where} dense: {reason} ({frame.source_of(equation)}).\n"
         f"Pass `lift(apply, allow_dense=True)` to allow it, register a rule with "
         f"`jopt.trace.rule({equation.primitive}_p, {kind})`, or keep this weight an array."
     )

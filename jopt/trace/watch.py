@@ -33,19 +33,20 @@ Measure = Callable[[Activation], Any]  # a pytree of `Stat`; a function that has
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["value", "inputs", "blocks"],
-    meta_fields=["names", "measure", "total"],
+    data_fields=["value", "places"],
+    meta_fields=["names", "measure", "total", "layers", "viewed"],
 )
 @dataclasses.dataclass(frozen=True)
 class Watched(Layered):
     """A dense weight whose products record `measure(activation)` under its names."""
 
     value: jax.Array
-    inputs: jax.Array  # int32, 1 along axes that are not summed: the number of each summed entry
-    blocks: jax.Array  # int32, 1 along axes that are not batched: the number of each block
+    places: tuple["Places", ...]  # for each name
     names: tuple[str, ...]
     measure: Measure
     total: tuple[int, int]  # how many inputs and blocks the whole weight has
+    layers: bool  # records a statistic a layer where a scan slices it
+    viewed: bool = False  # whether an operation has rearranged it
 
     def materialise(self) -> jax.Array:
         """The weight."""
@@ -53,12 +54,18 @@ class Watched(Layered):
 
     def split(self) -> tuple[jax.Array, Any]:
         """The weight, and where its entries were."""
-        return self.value, (self.inputs, self.blocks)
+        return self.value, self.places
 
     def joined(self, array: jax.Array, coarse: Any) -> "Watched":
         """This leaf with other arrays."""
-        inputs, blocks = coarse
-        return dataclasses.replace(self, value=array, inputs=inputs, blocks=blocks)
+        return dataclasses.replace(self, value=array, places=coarse, viewed=True)
+
+
+class Places(NamedTuple):
+    """Where the entries of a weight are in it; int32 of its rank."""
+
+    inputs: jax.Array  # 1 along axes that are not summed: the number of each summed entry
+    blocks: jax.Array  # 1 along axes that are not batched: the number of each block
 
 
 def watched(
@@ -68,6 +75,7 @@ def watched(
     *,
     contracted: Sequence[int],
     batched: Sequence[int] = (),
+    layers: bool = False,
 ) -> Watched:
     """Puts a weight under watch.
 
@@ -77,10 +85,14 @@ def watched(
       measure: a function from an `Activation` to a pytree of `Stat`, such as `gram`.
       contracted: the axes that its products sum over, counted from the end; from `sites`.
       batched: the axes that its products share with the activation, such as experts.
+      layers: where a scan slices the weight, record a statistic a layer, stacked in the order of
+        the scan, which is that of the weight only if the scan slices it as it is. Else nothing is
+        recorded but that this was so, under the name and `SLICED`.
     """
     inputs, blocks = (_places(value.shape, axes) for axes in (contracted, batched))
     total = (inputs.size, blocks.size)
-    return Watched(value, jnp.asarray(inputs), jnp.asarray(blocks), (name,), measure, total)
+    places = Places(jnp.asarray(inputs), jnp.asarray(blocks))
+    return Watched(value, (places,), (name,), measure, total, layers)
 
 
 def gram(activation: Activation) -> dict[str, Stat]:
@@ -133,13 +145,16 @@ def _concatenate(call: Any, *operands: Any) -> Any:
     for leaf in leaves:
         if leaf.measure != first.measure or leaf.total != first.total:
             return NotImplemented
-        if leaf.inputs.shape[axis] != 1:
+        if any(part.shape[axis] != 1 for places in leaf.places for part in places):
             return NotImplemented
-        if leaf.blocks.shape[axis] != 1 or leaf.inputs.shape != first.inputs.shape:
-            return NotImplemented
-    names = tuple(name for leaf in leaves for name in leaf.names)
     values = [x.value if isinstance(x, Watched) else x for x in operands]
-    return dataclasses.replace(first, value=call.bind(*values), names=names)
+    return dataclasses.replace(
+        first,
+        value=call.bind(*values),
+        places=tuple(places for leaf in leaves for places in leaf.places),
+        names=tuple(name for leaf in leaves for name in leaf.names),
+        viewed=True,
+    )
 
 
 @rule(jax.lax.dot_general_p, Watched)
@@ -149,17 +164,14 @@ def _dot(call: Any, *operands: Any) -> Any:
     if isinstance(x, Layered):
         return NotImplemented
     summed, shared = call.params["dimension_numbers"]
-    if _lie(leaf, summed[side], shared[side]):
-        free = [a for a in range(x.ndim) if a not in summed[1 - side] and a not in shared[1 - side]]
+    free = [a for a in range(x.ndim) if a not in summed[1 - side] and a not in shared[1 - side]]
 
-        def rows() -> jax.Array:
-            moved = jnp.transpose(x, (*shared[1 - side], *free, *summed[1 - side]))
-            sizes = [x.shape[a] for a in (*shared[1 - side], *free)]
-            blocks = math.prod(sizes[: len(shared[0])])
-            return moved.reshape(blocks, math.prod(sizes[len(shared[0]) :]), -1)
+    def rows() -> jax.Array:
+        moved = jnp.transpose(x, (*shared[1 - side], *free, *summed[1 - side]))
+        parts = (shared[1 - side], free, summed[1 - side])
+        return moved.reshape([math.prod(x.shape[a] for a in axes) for axes in parts])
 
-        inputs, blocks = _along(leaf.inputs, summed[side]), _along(leaf.blocks, shared[side])
-        _record(call, leaf, x, rows, inputs, blocks)
+    _record(call, leaf, x, rows, summed[side], shared[side])
     return call.bind(*((leaf.value, x) if side == 0 else (x, leaf.value)))
 
 
@@ -170,7 +182,8 @@ def _conv(call: Any, x: Any, leaf: Any) -> Any:
     params = call.params
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     window = numbers.rhs_spec[1:]
-    if params["batch_group_count"] == 1 and _lie(leaf, window, ()):
+    # Of a weight that was rearranged nobody knows which features are those of a group.
+    if params["batch_group_count"] == 1 and not (groups > 1 and leaf.viewed):
 
         def rows() -> jax.Array:
             patches = jax.lax.conv_general_dilated_patches(
@@ -186,7 +199,7 @@ def _conv(call: Any, x: Any, leaf: Any) -> Any:
             last = jnp.moveaxis(patches, numbers.out_spec[1], -1)
             return jnp.moveaxis(last.reshape(-1, groups, last.shape[-1] // groups), 1, 0)
 
-        _record(call, leaf, x, rows, _along(leaf.inputs, window), None)
+        _record(call, leaf, x, rows, window, ())
     return call.bind(x, leaf.value)
 
 
@@ -195,30 +208,41 @@ def _record(
     leaf: Watched,
     x: jax.Array,
     rows: Callable[[], jax.Array],
-    inputs: jax.Array,
-    blocks: jax.Array | None,
+    summed: Sequence[int],
+    shared: Sequence[int],
 ) -> None:
-    """Records what is measured of rows in the weight's own order."""
+    """Records what is measured of rows, in the order of each weight's own inputs and blocks.
 
-    def ordered() -> jax.Array:
-        found = rows().astype(jnp.float32)
-        found = found[:, :, jnp.argsort(inputs)]
-        return found if blocks is None else found[jnp.argsort(blocks)]
+    Nothing where the product does not run along all inputs and blocks of a weight, each once.
+    """
+    for name, places in zip(leaf.names, leaf.places, strict=True):
+        if not _lie(leaf, places, summed, shared):
+            continue
+        if any(call.stacked) and not leaf.layers:
+            call.record(name + SLICED, Stat(jnp.ones_like(x, shape=(), dtype=jnp.float32), "sum"))
+            continue
+        inputs, blocks = _along(places.inputs, summed), _along(places.blocks, shared)
 
-    stats = leaf.measure(Activation(x, ordered))
-    # The axes that enclosing scans add to `calls` are those by which the weight is stacked.
-    stats = {"calls": Stat(jnp.ones_like(x, shape=(), dtype=jnp.float32), "sum"), **stats}
-    for name in leaf.names:
-        call.record(name, stats)
+        def ordered(inputs: jax.Array = inputs, blocks: jax.Array = blocks) -> jax.Array:
+            found = rows().astype(jnp.float32)[:, :, jnp.argsort(inputs)]
+            return found if not shared else found[jnp.argsort(blocks)]
+
+        call.record(name, leaf.measure(Activation(x, ordered)))
 
 
-def _lie(leaf: Watched, summed: Sequence[int], shared: Sequence[int]) -> bool:
-    """Whether a product that runs along these axes meets all inputs, and all blocks."""
-    whole = (leaf.inputs.size, leaf.blocks.size) == leaf.total
-    return whole and all(
+# After the name of a weight that a scan slices, whose layers nobody can tell apart then.
+SLICED = " (sliced)"
+
+
+def _lie(leaf: Watched, places: Places, summed: Sequence[int], shared: Sequence[int]) -> bool:
+    """Whether a product that runs along these axes meets all inputs, and all blocks, once."""
+    sizes = tuple(math.prod(leaf.value.shape[a] for a in axes) for axes in (summed, shared))
+    if sizes != leaf.total or tuple(part.size for part in places) != leaf.total:
+        return False
+    return all(
         size == 1 or axis in axes
-        for places, axes in ((leaf.inputs, summed), (leaf.blocks, shared))
-        for axis, size in enumerate(places.shape)
+        for part, axes in zip(places, (summed, shared), strict=True)
+        for axis, size in enumerate(part.shape)
     )
 
 

@@ -398,3 +398,41 @@ def test_embeddings_by_rows_tied():
     close(jax.jit(lift(function))(params, ids), np.tanh(codes[np.asarray(ids)]) @ codes.T)
     assert not any(met.dense for met in explain(function, params, ids))
     assert trees.size(params).bits == 11 * 8 * 8 + 11 * 32
+
+
+def test_loops_that_count_beside_a_cache():
+    new = jnp.asarray(np.random.default_rng(5).normal(size=(1, 1, 2, 4)), jnp.float32)
+
+    def write(cache):
+        def body(i, cache):
+            return lax.dynamic_update_slice_in_dim(cache, new, i, 1)
+
+        return lax.fori_loop(0, 3, body, cache)
+
+    empty = kv_cache((1, 8, 2, 4))
+    for function in (lift(write), jax.jit(lift(write))):
+        found = function(empty)
+        assert isinstance(found, Cache)
+        np.testing.assert_allclose(found.materialise()[:, 2:3], new, atol=0.05)
+        assert not jnp.any(found.materialise()[:, 3:])
+
+
+def test_a_cache_into_one_whose_scales_lie_otherwise_is_refused():
+    part = kv_cache((1, 3, 2, 4), axes=(-2, -1)).update(jnp.ones((1, 3, 2, 4)), 0)
+
+    def write(cache, part):
+        return lax.dynamic_update_slice_in_dim(cache, part, 2, 1)
+
+    with pytest.raises(ValueError, match="dynamic_update_slice"):
+        lift(write)(kv_cache((1, 8, 2, 4)), part)
+
+
+def test_a_donating_step_gives_back_a_cache():
+    def step(cache, x, i):
+        return lax.dynamic_update_slice_in_dim(cache, x, i, 1)
+
+    inner = jax.jit(step, donate_argnums=0)
+    found = lift(lambda c, x, i: inner(c, x, i))(
+        kv_cache((1, 8, 2, 4)), jnp.ones((1, 1, 2, 4)), jnp.int32(3)
+    )
+    assert isinstance(found, Cache) and jnp.all(found.materialise()[:, 3] == 1)

@@ -433,3 +433,14 @@ def test_attention_of_the_frameworks(make):
     expected, got = apply(params, x), jax.jit(products(apply, policy))(calibrated, x)
     assert len(calibrated.ranges) == 2
     assert 1e-6 < np.max(np.abs(np.asarray(expected - got))) < 0.05 * np.max(np.abs(expected))
+
+
+def test_static_ranges_inside_a_loop_cover_all_its_iterations():
+    found = calibrate_products(looped, W, [X], [(MIXED, STATIC)])
+    in_layers = calibrate_products(stacked, W, [X], [(MIXED, STATIC)])
+    for one, each in zip(
+        jax.tree.leaves(found.ranges), jax.tree.leaves(in_layers.ranges), strict=True
+    ):
+        assert one.shape == each.shape[1:]
+        assert jnp.any(one == each.min(0)) or jnp.any(one == each.max(0))
+    assert jnp.all(jnp.isfinite(jax.jit(products(looped, [(MIXED, STATIC)]))(found, X)))

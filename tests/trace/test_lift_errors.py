@@ -146,3 +146,14 @@ def test_a_leaf_that_becomes_an_array_on_its_way_is_in_the_report():
         ("w", "return", True),
     ]
     assert "carried from iteration to iteration" in found[0].how
+
+
+@pytest.mark.parametrize(
+    "function", [lambda w: jnp.clip(w, -1, 1), jax.nn.relu, jnp.tril, lambda w: jnp.pad(w, 1)]
+)
+def test_operations_inside_jaxs_own_functions_name_the_users_line(function):
+    def model(w, x):
+        return x @ function(w)[: x.shape[1]]
+
+    with pytest.raises(ValueError, match=r"dense: .*\(.*test_lift_errors\.py:\d+"):
+        lift(model)(W, X)

@@ -1,5 +1,8 @@
 """`shard_map` inside a lifted function: leaves split like their values, statistics over shards."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from toy_functions import close, normal
 from toy_leaves import Scaled, Watched, dense, products, scaled
 
-from jopt.trace import collect, explain, lift
+from jopt.trace import Leaf, collect, explain, lift, rule
 
 W = scaled(normal(0, 6, 8))
 X = normal(1, 8, 6)
@@ -109,3 +112,40 @@ def test_a_sum_needs_to_know_where_values_differ():
     close(lift(unchecked)(W, X), X @ dense(W))
     with pytest.raises(ValueError, match="`check_vma=False`, which does not know"):
         collect(unchecked)(Watched(dense(W), "w"), X)
+
+
+def test_a_leaf_with_an_axis_of_its_own_is_not_split_along_it():
+    """A low-rank factor `[rank, out]` has the value's rank, but its first axis is no input."""
+    factors = Factors(normal(0, 8, 4), normal(1, 4, 8))
+    mesh = jax.make_mesh((2, 2), ("d", "e"), axis_types=(AxisType.Auto,) * 2)
+
+    def product(w, x):
+        return lax.psum(x @ w, "d")
+
+    sharded = jax.shard_map(
+        product,
+        mesh=mesh,
+        in_specs=(PartitionSpec("d", "e"), PartitionSpec(None, "d")),
+        out_specs=PartitionSpec(None, "e"),
+    )
+    x = normal(2, 3, 8)
+    with pytest.raises(ValueError, match="splits it unevenly"):
+        lift(sharded)(factors, x)
+    found = lift(sharded, allow_dense=True)(factors, x)
+    np.testing.assert_allclose(found, x @ factors.materialise(), 1e-4, 1e-4)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["down", "up"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Factors(Leaf):
+    down: jax.Array
+    up: jax.Array
+
+    def materialise(self):
+        return self.down @ self.up
+
+
+@rule(lax.dot_general_p, Factors)
+def _thin(call, x, w):
+    last = (((x.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(lax.dot_general(x, w.down, last), w.up, last)

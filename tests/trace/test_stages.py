@@ -215,24 +215,6 @@ def test_branches_and_loops_are_stops_of_their_own():
     np.testing.assert_array_equal(new["again"], rounded(params["again"]))
 
 
-def test_a_scan_that_slices_a_view_is_measured_whole_with_the_weights_as_they_were():
-    w, x = f32(3, 4, 4), f32(2, 4)
-
-    def apply(p, x):
-        def step(h, w):
-            return jnp.tanh(h @ w), None
-
-        return lax.scan(step, x, jnp.swapaxes(p["w"], 1, 2))[0]
-
-    _, missed, log = run(apply, {"w": w}, [x], ["w"])
-    assert not missed and [stop.index for stop in log.stops] == [(0,), (1,), (2,)]
-    h = x
-    for stop, layer in zip(log.stops, w, strict=True):
-        np.testing.assert_array_equal(stop.weight, layer)
-        np.testing.assert_allclose(stop.stats["gram"][0], gram(h), 1e-4, 1e-5)
-        h = jnp.tanh(h @ layer.T)
-
-
 def test_weights_that_are_computed_on_are_reported():
     params = {"w": f32(4, 4), "mask": jnp.ones((4, 4)), "idle": f32(4, 4)}
     _, missed, log = run(lambda p, x: x @ (p["w"] * p["mask"]), params, [f32(2, 4)], ["w", "idle"])
@@ -303,3 +285,74 @@ def test_clear_errors():
             trace.gram,
             lambda stop: stop.weight.astype(jnp.bfloat16),
         )
+
+
+REARRANGED = {
+    "repeated blocks": (lambda w, x: jnp.einsum("bhi,hio->bho", x, jnp.repeat(w, 2, 0)), (2, 4, 3)),
+    "a broadcast weight": (
+        lambda w, x: jnp.einsum("bhi,bio->bho", x, jnp.broadcast_to(w, (5, 4, 3))),
+        (4, 3),
+    ),
+    "repeated inputs": (lambda w, x: x @ jnp.repeat(w, 2, axis=0), (2, 3)),
+    "part of the inputs": (lambda w, x: x @ w[:4], (6, 3)),
+    "layers reversed": (lambda w, x: lax.scan(step, x[:, 0], w[::-1])[0], (3, 4, 4)),
+    "layers split": (lambda w, x: lax.scan(step, x[:, 0] @ w[0], w[1:])[0], (3, 4, 4)),
+    "layers elsewhere": (
+        lambda w, x: lax.scan(step, x[:, 0], jnp.moveaxis(w, 1, 0))[0],
+        (4, 3, 4),
+    ),
+    "layers of layers": (
+        lambda w, x: lax.scan(
+            lambda h, w: (lax.scan(step, h, w)[0], None), x[:, 0], w.reshape(2, 2, 4, 4)
+        )[0],
+        (4, 4, 4),
+    ),
+}
+
+
+def step(h, w):
+    return jnp.tanh(h @ w), None
+
+
+@pytest.mark.parametrize("name", REARRANGED)
+def test_what_cannot_be_told_apart_is_missed_and_not_guessed(name):
+    apply, shape = REARRANGED[name]
+    _, missed, log = run(lambda p, x: apply(p["w"], x), {"w": f32(*shape)}, [f32(5, 4, 4)], ["w"])
+    assert list(missed) == ["w"] and not log.stops
+
+
+def test_weights_side_by_side_keep_rows_of_their_own():
+    params, x = {"a": f32(6, 3), "b": f32(6, 3)}, f32(9, 6)
+    _, missed, log = run(
+        lambda p, x: x @ jnp.concatenate([p["a"], p["b"][::-1]], 1), params, [x], ["a", "b"]
+    )
+    assert not missed
+    np.testing.assert_allclose(log.of("a").stats["gram"][0], gram(x), 1e-4, 1e-5)
+    np.testing.assert_allclose(log.of("b").stats["gram"][0], gram(x[:, ::-1]), 1e-4, 1e-5)
+
+
+def test_groups_of_a_rearranged_kernel_are_missed():
+    kernel, x = f32(3, 3, 2, 4), f32(1, 5, 5, 4)
+
+    def apply(p, x):
+        return lax.conv_general_dilated(
+            x,
+            jnp.swapaxes(p["k"], 2, 3).reshape(3, 3, 1, 8),
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=4,
+        )
+
+    _, missed, log = run(apply, {"k": kernel}, [x], ["k"])
+    assert list(missed) == ["k"] and not log.stops
+
+
+def test_python_values_among_the_inputs_of_a_shared_weight_and_empty_batches():
+    def apply(p, x, train):
+        return jnp.tanh(x @ p["w"]) @ p["w"] if train else x
+
+    _, missed, log = run(apply, {"w": f32(4, 4)}, [(f32(3, 4), True)], ["w"])
+    assert not missed and log.of("w").stats["count"] == 6
+    _, missed, log = run(lambda p, x: x @ p["w"], {"w": f32(4, 4)}, [jnp.zeros((0, 4))], ["w"])
+    assert not missed and log.of("w").stats["count"] == 0
