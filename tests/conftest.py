@@ -12,7 +12,6 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 import jax
 import pytest
 
-
 SLOW = frozenset((pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines())
 
 
