@@ -116,7 +116,18 @@ def _plan(leaf: QArray, x: jax.Array, operation: Dot | Conv, plain: str) -> Plan
     if shape is None:
         return Plan((plain,) * len(PLATFORMS), ("",) * len(PLATFORMS))
     assert isinstance(operation, Dot)
-    names = [plain, "dense"]
+    arrays, structure = jax.tree.flatten((x, leaf))
+    avals = tuple((array.shape, array.dtype) for array in arrays)
+    fixed = all(isinstance(size, int) for shape, _ in avals for size in shape)
+    found = (_serving if fixed else _serving.__wrapped__)(structure, avals, operation)
+    names = (plain, "dense", *found)
+    return plan(Case(_kind(leaf, operation.contract), *shape), names, plain)
+
+
+@functools.lru_cache(4096)  # most products of a model are alike
+def _serving(structure: Any, avals: Sequence[Any], operation: Dot) -> tuple[str, ...]:
+    """The implementations that can serve operands of these shapes and dtypes."""
+    names: list[str] = []
 
     def matrices(x: jax.Array, leaf: QArray) -> Any:
         operand, grid = _operand(x, leaf, operation)
@@ -124,8 +135,9 @@ def _plan(leaf: QArray, x: jax.Array, operation: Dot | Conv, plain: str) -> Plan
         if flat is not None:
             names.extend((*possible(flat), *(["pallas"] * _kernels.serves(flat))))
 
-    jax.eval_shape(matrices, x, leaf)
-    return plan(Case(_kind(leaf, operation.contract), *shape), tuple(names), plain)
+    structs = [jax.ShapeDtypeStruct(*aval) for aval in avals]
+    jax.eval_shape(matrices, *jax.tree.unflatten(structure, structs))
+    return tuple(names)
 
 
 def _kind(leaf: QArray, contract: Sequence[int] | None) -> str:
