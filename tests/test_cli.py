@@ -27,6 +27,13 @@ def _run(*arguments, **environment):
     )
 
 
+def test_the_package_runs_as_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "jopt", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"jopt {jopt.__version__}"
+
+
 def test_version():
     assert RUNNER.invoke(cli.app, ["--version"]).output.strip() == f"jopt {jopt.__version__}"
 

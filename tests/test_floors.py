@@ -16,6 +16,7 @@ FLOORS = [
     {"nn", "data", "train", "artifact", "report"},
     {"recipe"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = [

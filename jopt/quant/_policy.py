@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jopt import trees
 from jopt.trace import Site
 
-from ._formats import Format, Int
-from ._layout import shared_axes
-from ._steps import StepMethod
+from ._formats.base import Format, Int
+from ._formats.layout import shared_axes
+from ._training.steps import StepMethod
 
 PyTree = Any
 

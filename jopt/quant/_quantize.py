@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jopt import trees
 from jopt.trace import Site
 
-from ._fake import keyed
-from ._formats import Grid
-from ._learned import TrainedQuant, first_step, marked
-from ._leaves import FakeQuant, QArray, Range
-from ._noise import with_key
+from ._formats.base import Grid
+from ._leaves.weights import FakeQuant, QArray, Range
 from ._policy import Policy, Spec, axes_of, resolve
+from ._training.fake import keyed
+from ._training.learned import TrainedQuant, first_step, marked
+from ._training.noise import with_key
 
 PyTree = Any
 

@@ -97,9 +97,19 @@ class Quantize(Fit):
     policy: tuple[Rule, ...] = Field(min_length=1)
     epochs: Annotated[float, Field(ge=0.0)] = 0
     calibration_batches: Count = 8
+    method: Literal["rtn", "gptq", "awq", "smoothquant", "adaround", "hqq"] = Field(
+        default="rtn", description="how weights are rounded after training; rtn is to nearest"
+    )
+    observer: Literal["minmax", "moving_average", "percentile", "mse", "entropy", "histogram"] = (
+        Field(default="minmax", description="how static ranges are found")
+    )
 
     @pydantic.model_validator(mode="after")
     def _quantizes_something(self) -> Self:
+        if self.method != "rtn" and self.epochs > 0:
+            raise ValueError(
+                f"`method: {self.method}` rounds after training: say `epochs: 0`, or leave it out"
+            )
         if all(rule.weight is None for rule in self.policy):
             raise ValueError("no rule of `policy` has a `weight`: nothing would be quantized")
         return self
@@ -164,6 +174,25 @@ class Recipe(Block):
                     )
             if not isinstance(stage, Export):
                 models.append(stage.name)
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _keeps_zeros(self) -> Self:
+        """Whatever rounds a weight to another than its nearest value would move pruned ones."""
+        pruned: dict[str, bool] = {}
+        previous = ""
+        for stage in self.stages:
+            if not isinstance(stage, Fit):
+                continue
+            start = pruned.get(stage.start or previous, False)
+            fresh = getattr(stage, "model", None) is not None
+            pruned[stage.name] = stage.sparsity is not None or (start and not fresh)
+            previous = stage.name
+            if isinstance(stage, Quantize) and stage.method != "rtn" and pruned[stage.name]:
+                raise ValueError(
+                    f"`method: {stage.method}` in stage `{stage.name}` would move weights that an "
+                    "earlier stage has pruned: leave it out, and each is rounded to nearest"
+                )
         return self
 
 

@@ -14,6 +14,9 @@ from jopt.recipe._task import Task
 
 PyTree = Any
 
+# What `calibrate` says of leaves that came out as the policy wants them.
+AS_ASKED = ("", "weight only", "not in the policy", "dynamic: the range is found in each call")
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -33,7 +36,7 @@ def run(
         model, notes = _calibrated(stage, model, task)
     if stage.epochs > 0:
         model = fit(stage, model, teacher, task, place)
-    if isinstance(stage, schema.Quantize):
+    if isinstance(stage, schema.Quantize) and stage.method == "rtn":
         model = dataclasses.replace(model, params=quant.quantize(model.params))
     return Outcome(model, notes)
 
@@ -48,17 +51,21 @@ def _begin(stage: schema.Fit, start: Model | None, task: Task, place: Place) -> 
 
 
 def _calibrated(stage: schema.Quantize, model: Model, task: Task) -> tuple[Model, tuple[str, ...]]:
-    """The model with fake-quantized leaves, their static ranges found on training inputs."""
+    """The model with its leaves quantized, or fake-quantized, and ranges from training inputs."""
     policy = tables.policy(stage.policy)
-    params = quant.qat(model.params, policy)
-    if not any(rule.static for rule in stage.policy):
+    nearest = stage.method == "rtn"
+    params = quant.qat(model.params, policy) if nearest else model.params
+    if nearest and not any(rule.static for rule in stage.policy):
         return dataclasses.replace(model, params=params), ()
 
     def apply(params: PyTree, inputs: jax.Array) -> jax.Array:
         return model.module.apply({"params": params, **model.collections}, inputs)
 
     batches = task.train_inputs(stage.calibration_batches, stage.batch_size)
-    params, rows = quant.calibrate(apply, params, batches)
-    undone = [row for row in rows if row.activation is not None and row.low is None]
+    how: dict[str, Any] = {"observer": stage.observer}
+    if not nearest:
+        how |= {"policy": policy, "method": stage.method}
+    params, rows = quant.calibrate(apply, params, batches, **how)
+    undone = [row for row in rows if row.reason not in AS_ASKED]
     notes = tuple(f"{stage.name}: `{row.path}`: {row.reason}" for row in undone)
     return dataclasses.replace(model, params=params), notes

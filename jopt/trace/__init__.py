@@ -14,12 +14,12 @@ from .sites import Site as Site
 from .sites import Use as Use
 from .sites import flops as flops
 from .sites import sites as sites
-from .stages import Stop as Stop
-from .stages import Target as Target
 from .stages import staged as staged
-from .stages import target_of as target_of
 from .stats import Stat as Stat
 from .stats import merge as merge
+from .stops import Stop as Stop
+from .stops import Target as Target
+from .stops import target_of as target_of
 from .taps import Tap as Tap
 from .taps import tappable as tappable
 from .taps import taps as taps

@@ -43,7 +43,7 @@ def attention(q, k, v, mask=None):
     return np.einsum("...hqk,...khd->...qhd", e / e.sum(-1, keepdims=True), v)
 
 
-def close(got, expected, tolerance=2e-5):
+def assert_close(got, expected, tolerance=2e-5):
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=tolerance, rtol=1e-4)
 
 
@@ -58,17 +58,17 @@ def test_tokens_are_rounded_one_by_one(format):
     got = cache.materialise()
     assert not np.any(got[:, :4]) and not np.any(got[:, 9:])
     if format in (Int(8), Int(4)):
-        close(got[:, 4:9], rows(K[:, :5], bits=format.bits))
+        assert_close(got[:, 4:9], rows(K[:, :5], bits=format.bits))
     step = 0.2 if format.bits == 4 else 0.04
-    close(got[:, 4:9], K[:, :5], step * np.max(np.abs(K)))
+    assert_close(got[:, 4:9], K[:, :5], step * np.max(np.abs(K)))
 
 
 def test_whole_tokens_share_a_scale_and_other_layouts():
     cache = full(axes=(-2, -1))
     assert cache.scale.shape == (B, L, 1, 1)
-    close(cache.materialise(), rows(K, (-2, -1)))
+    assert_close(cache.materialise(), rows(K, (-2, -1)))
     other = kv_cache((B, H, L, D)).update(K.swapaxes(1, 2), 0, axis=-2)
-    close(other.materialise(), rows(K).swapaxes(1, 2))
+    assert_close(other.materialise(), rows(K).swapaxes(1, 2))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -76,7 +76,7 @@ def test_whole_tokens_share_a_scale_and_other_layouts():
 def test_attention_equals_that_of_what_the_cache_stands_for(format, axes):
     keys, values = full(format, K, axes=axes), full(format, V, axes=axes)
     got = jax.jit(attend)(Q, keys, values)
-    close(got, attention(Q, keys.materialise(), values.materialise()))
+    assert_close(got, attention(Q, keys.materialise(), values.materialise()))
 
 
 def test_groups_of_heads_and_masks():
@@ -84,8 +84,8 @@ def test_groups_of_heads_and_masks():
     mask = jnp.arange(L)[None, :] <= jnp.array([[3], [5], [11]])
     got = attend(Q, keys, values, mask=mask[None, None])
     expected = attention(Q, rows(K[:, :, :2]), rows(V[:, :, :2]), np.asarray(mask))
-    close(got, expected)
-    close(attend(Q, K[:, :, :2], V[:, :, :2]), attention(Q, K[:, :, :2], V[:, :, :2]))
+    assert_close(got, expected)
+    assert_close(attend(Q, K[:, :, :2], V[:, :, :2]), attention(Q, K[:, :, :2], V[:, :, :2]))
     with pytest.raises(ValueError, match="heads divide the 4"):
         attend(Q, keys, full(None, V))
 
@@ -102,7 +102,7 @@ def test_products_of_integers():
     scale = np.max(np.abs(np.asarray(V, np.float64)), -1) / 127  # b k h
     weights = rows(e * scale.transpose(0, 2, 1)[:, :, None])
     codes = rows(V) / scale[..., None]
-    close(attend(Q, keys, values), np.einsum("bhqk,bkhd->bqhd", weights, codes))
+    assert_close(attend(Q, keys, values), np.einsum("bhqk,bkhd->bqhd", weights, codes))
 
 
 @pytest.mark.parametrize("query", [None, Int(8)])
@@ -115,7 +115,7 @@ def test_the_gradient_to_queries_is_that_of_floats(query):
     dense = [c.materialise() for c in (keys, values)]
     expected = jax.grad(lambda q: jnp.sum(attend(q, *dense) ** 2))(Q)
     tolerance = 1e-5 if query is None else 0.03 * float(np.max(np.abs(expected)))
-    close(jax.jit(jax.grad(loss))(Q), expected, tolerance)
+    assert_close(jax.jit(jax.grad(loss))(Q), expected, tolerance)
 
 
 # A decoder, written for arrays.
@@ -209,7 +209,7 @@ def test_decoding_equals_full_attention(loop):
     caches = cached(zeros(), "**")
     out, after = jax.jit(lift(loop))(WEIGHTS, caches, XS)
     assert jax.tree.structure(after) == jax.tree.structure(caches)
-    close(out, by_hand(WEIGHTS, XS), 1e-4)
+    assert_close(out, by_hand(WEIGHTS, XS), 1e-4)
     error = np.max(np.abs(np.asarray(out) - by_hand(WEIGHTS, XS, lambda x: x)))
     assert 1e-3 < error < 0.02 * np.max(np.abs(out))
     for before, cache in zip(jax.tree.leaves(caches), jax.tree.leaves(after), strict=True):
@@ -228,7 +228,7 @@ def test_with_quantized_weights_and_typed_leaves_that_do_not_travel():
     caches = cached(zeros(), "**")
     out, after = jax.jit(lift(decode))(params, caches, XS)
     assert isinstance(after["k"], Cache)
-    close(out, by_hand(WEIGHTS, XS), 0.1 * float(np.max(np.abs(out))))
+    assert_close(out, by_hand(WEIGHTS, XS), 0.1 * float(np.max(np.abs(out))))
     (same,) = lift(lambda w: (w,))(params)
     assert isinstance(same, jax.Array)
 
@@ -240,29 +240,29 @@ def test_where_a_loop_gives_back_an_array_the_cache_becomes_one():
     cache = full()
     got = lift(shifted, allow_dense=True)(cache, 2)
     assert isinstance(got, jax.Array)
-    close(got, np.asarray(cache.materialise()) + 2.0)
+    assert_close(got, np.asarray(cache.materialise()) + 2.0)
 
     def either(cache, x):
         return lax.cond(x > 0, lambda c: c, lambda c: jnp.zeros_like(c), cache)
 
     got = lift(either)(cache, jnp.float32(1))
     assert isinstance(got, jax.Array)
-    close(got, cache.materialise())
+    assert_close(got, cache.materialise())
 
 
 def test_vmap_devices_and_export():
     mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,))
     values = normal(5, 8, B, L, H, D)
     caches = jax.vmap(lambda v: full(None, v))(values)
-    close(caches.materialise(), rows(values))
+    assert_close(caches.materialise(), rows(values))
     queries = normal(6, 8, B, 3, H, D)
     got = jax.vmap(attend)(queries, caches, caches)
     expected = np.stack(
         [attention(q, rows(v), rows(v)) for q, v in zip(queries, values, strict=True)]
     )
-    close(got, expected)
+    assert_close(got, expected)
     spread = jax.device_put((queries, caches), NamedSharding(mesh, PartitionSpec("d")))
-    close(jax.jit(jax.vmap(attend))(spread[0], spread[1], spread[1]), expected)
+    assert_close(jax.jit(jax.vmap(attend))(spread[0], spread[1], spread[1]), expected)
 
     arrays, structure = jax.tree.flatten(cached(zeros(), "**"))
 
@@ -272,7 +272,7 @@ def test_vmap_devices_and_export():
 
     compiled = jax.jit(flat)
     exported = export.export(compiled, platforms=("cpu", "cuda", "tpu"))(WEIGHTS, arrays, XS[0])
-    close(exported.call(WEIGHTS, arrays, XS[0])[0], compiled(WEIGHTS, arrays, XS[0])[0])
+    assert_close(exported.call(WEIGHTS, arrays, XS[0])[0], compiled(WEIGHTS, arrays, XS[0])[0])
 
 
 def test_memory():
@@ -292,7 +292,7 @@ def test_half_precision(dtype):
     caches = [kv_cache(K.shape, dtype=dtype).update(x, 0) for x in (keys, values)]
     got = jax.jit(attend)(q, *caches)
     assert got.dtype == dtype and caches[0].dtype == dtype
-    close(got, attention(q, rows(keys), rows(values)), 0.05)
+    assert_close(got, attention(q, rows(keys), rows(values)), 0.05)
 
 
 def test_scatters_of_positions_that_differ_from_sequence_to_sequence():
@@ -304,11 +304,11 @@ def test_scatters_of_positions_that_differ_from_sequence_to_sequence():
     cache = lift(write)(full(), V[:, 0])
     expected = rows(K)
     expected[0, 3], expected[1, 7] = rows(V)[:, 0]
-    close(cache.materialise(), expected)
+    assert_close(cache.materialise(), expected)
     several = lift(lambda cache, new: cache.at[:, jnp.array([5, 1])].set(new))(full(), V[:, :2])
     expected = rows(K)
     expected[:, 5], expected[:, 1] = rows(V)[:, 0], rows(V)[:, 1]
-    close(several.materialise(), expected)
+    assert_close(several.materialise(), expected)
 
 
 def test_what_is_seen_otherwise_stays_codes():
@@ -321,7 +321,7 @@ def test_what_is_seen_otherwise_stays_codes():
     expected = np.einsum(
         "bqhd,bkhd->bhqk", np.asarray(Q, np.float64), np.repeat(rows(K[:, :, :2]), 2, 2)
     )
-    close(lift(function)(cache, Q), expected, 1e-4)
+    assert_close(lift(function)(cache, Q), expected, 1e-4)
 
 
 def test_what_cannot_be_done_says_why():
@@ -382,7 +382,7 @@ def test_decoders_of_the_frameworks_untouched(make):
     for x in normal(7, L, B, 1, 8):
         expected, plain = apply(plain, x)
         got, quantized = lifted(quantized, x)
-        close(got, expected, 0.03 * float(np.max(np.abs(expected))))
+        assert_close(got, expected, 0.03 * float(np.max(np.abs(expected))))
     assert sum(isinstance(leaf, Cache) for _, leaf in trees.items(quantized)) == 2
 
 
@@ -395,7 +395,7 @@ def test_embeddings_by_rows_tied():
     params = quantize(table, Int(8), sites=sites(function, table, ids))
     assert params.scale.shape == (11, 1)
     codes = rows(table)
-    close(jax.jit(lift(function))(params, ids), np.tanh(codes[np.asarray(ids)]) @ codes.T)
+    assert_close(jax.jit(lift(function))(params, ids), np.tanh(codes[np.asarray(ids)]) @ codes.T)
     assert not any(met.dense for met in explain(function, params, ids))
     assert trees.size(params).bits == 11 * 8 * 8 + 11 * 32
 

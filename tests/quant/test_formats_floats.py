@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jopt.quant import FP8, MX, fake_quant, quantize
-from jopt.quant._floats import E2M1, E4M3, E5M2, rounded
+from jopt.quant._formats.floats import E2M1, E4M3, E5M2, rounded
 
 SMALL = [
     (E4M3, ml_dtypes.float8_e4m3fn),

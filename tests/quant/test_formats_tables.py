@@ -9,8 +9,8 @@ import pytest
 from formats_reference import faked, lloyd, nearest, stored
 
 from jopt.quant import NF4, Codebook, Spec, fake_quant, quantize
-from jopt.quant._fits import _start, normal_levels
-from jopt.quant._tables import _NF4, below, lookup
+from jopt.quant._formats.fits import _start, normal_levels
+from jopt.quant._formats.tables import _NF4, below, lookup
 
 # Dettmers et al. 2023, appendix E.
 PUBLISHED = [

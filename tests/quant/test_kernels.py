@@ -9,8 +9,8 @@ import pytest
 
 from jopt import quant
 from jopt.quant import Int, use_implementation
-from jopt.quant import _kernels as kernels
-from jopt.quant._implementations import Operands
+from jopt.quant._products import kernels as kernels
+from jopt.quant._products.operands import Operands
 from jopt.trace import explain, lift
 
 FORMATS = {

@@ -29,7 +29,7 @@ from jopt.quant import (
     steps,
     trainable,
 )
-from jopt.quant._steps import stepped
+from jopt.quant._training.steps import stepped
 from jopt.trace import lift, sites
 
 SIGNED = Int(3, symmetric=False)

@@ -64,7 +64,7 @@ def merged(params):
     return trees.map_with_path(dense, params)
 
 
-def close(got, expected, tolerance=3e-5):
+def assert_close(got, expected, tolerance=3e-5):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(
             np.asarray(a, np.float64), np.asarray(b, np.float64), atol=tolerance, rtol=1e-4
@@ -136,7 +136,7 @@ BASED = [(base, form) for base in BASES if base != "w8" for form in ("in out", "
 def test_products_equal_those_of_the_merged_weight(base, form):
     function, shape, summed, inputs = forms()[form]
     leaf, x = adapted(BASES[base](normal(4, *shape)), shape, summed), normal(5, *inputs)
-    close(
+    assert_close(
         jax.jit(lift(function))(leaf, x), function(jnp.asarray(merged(leaf), jnp.float32), x), 1e-4
     )
 
@@ -177,7 +177,7 @@ def qlora(policy=W8, rank=2, **options):
 
 
 def test_the_function_is_unchanged_at_first():
-    close(lift(model)(qlora(None), X), model(PARAMS, X))
+    assert_close(lift(model)(qlora(None), X), model(PARAMS, X))
     down = qlora(rank=64)["layers"]["kernel"].down
     assert down.shape == (3, 8, 1, 64)
     assert np.std(np.asarray(down)) == pytest.approx(8**-0.5, rel=0.05)
@@ -188,7 +188,9 @@ def test_the_function_is_unchanged_at_first():
 )
 def test_stacked_layers(base):
     params = filled(qlora(base, alpha=3.0))
-    close(jax.jit(jax.checkpoint(lift(model)))(params, X), model(merged_arrays(params), X), 1e-4)
+    assert_close(
+        jax.jit(jax.checkpoint(lift(model)))(params, X), model(merged_arrays(params), X), 1e-4
+    )
 
 
 def merged_arrays(params):
@@ -228,7 +230,7 @@ def test_the_gradient_is_that_of_the_merged_function(base):
     expected = jax.grad(by_hand)({path: (leaf.down, leaf.up) for path, leaf in leaves.items()})
     for path, leaf in ((p, leaf) for p, leaf in trees.items(got) if isinstance(leaf, LoRA)):
         assert jax.tree.leaves(leaf.base) == []
-        close((leaf.down, leaf.up), expected[path], 1e-3)
+        assert_close((leaf.down, leaf.up), expected[path], 1e-3)
 
 
 def test_the_base_stays_integers():
@@ -284,7 +286,7 @@ def test_masked_optimizers_leave_the_base_of_floats_alone():
     gradient = jax.grad(loss(lift(model)))(params)
     updates, _ = tx.update(gradient, tx.init(params), params)
     after = optax.apply_updates(params, updates)
-    close(after["head"].base, params["head"].base, 0.0)
+    assert_close(after["head"].base, params["head"].base, 0.0)
     assert jnp.any(after["head"].up != params["head"].up)
 
 
@@ -293,9 +295,9 @@ def test_merge(base):
     params = filled(qlora(base))
     dense = merge(params)
     assert not any(isinstance(leaf, LoRA) for _, leaf in trees.items(dense))
-    close(dense, merged(params))
+    assert_close(dense, merged(params))
     requantized = quantize(dense, [(WHERE, Int(8))])
-    close(lift(model)(requantized, X), model(dense, X), 0.5)
+    assert_close(lift(model)(requantized, X), model(dense, X), 0.5)
 
 
 def test_vmap_over_adapters():
@@ -303,23 +305,23 @@ def test_vmap_over_adapters():
     many[1] = LoRA(many[1].base, many[1].down * 2, many[1].up, many[1].scaling)
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *many)
     got = jax.vmap(lift(lambda w, x: x @ w), (0, None))(stacked, X)
-    close(got, [np.asarray(X, np.float64) @ merged({"w": leaf})["w"] for leaf in many], 1e-4)
+    assert_close(got, [np.asarray(X, np.float64) @ merged({"w": leaf})["w"] for leaf in many], 1e-4)
     axes = LoRA(None, 0, None, 1.0)  # the base is shared
     shared = LoRA(many[0].base, stacked.down, many[0].up, 1.0)
     axes = jax.tree.unflatten(
         jax.tree.structure(shared),
         [0 if a is stacked.down else None for a in jax.tree.leaves(shared)],
     )
-    close(jax.vmap(lift(lambda w, x: x @ w), (axes, None))(shared, X), got)
+    assert_close(jax.vmap(lift(lambda w, x: x @ w), (axes, None))(shared, X), got)
 
 
 def test_eight_devices_and_export():
     mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,))
     params, x = filled(qlora()), normal(9, 16, 8)
     spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
-    close(jax.jit(lift(model))(params, spread), lift(model)(params, x))
+    assert_close(jax.jit(lift(model))(params, spread), lift(model)(params, x))
     exported = export.export(jax.jit(lift(model)), platforms=("cpu", "cuda", "tpu"))(params, X)
-    close(exported.call(params, X), lift(model)(params, X))
+    assert_close(exported.call(params, X), lift(model)(params, X))
 
 
 def test_sizes():
@@ -338,7 +340,7 @@ def test_half_precision(dtype):
     got = jax.jit(lift(model))(params, X.astype(dtype))
     assert got.dtype == dtype
     expected = model(merged_arrays(params), X)
-    close(got, expected, 0.15 * np.max(np.abs(expected)))
+    assert_close(got, expected, 0.15 * np.max(np.abs(expected)))
 
 
 def test_what_cannot_be_done_says_why():
@@ -390,7 +392,7 @@ def test_frameworks(make):
     base = quantize(params, [(paths, Int(8))], sites=found)
     adapted = filled(lora(base, paths, 2, key=KEY, sites=found))
     assert sum(isinstance(leaf, LoRA) for _, leaf in trees.items(adapted)) == count
-    close(jax.jit(lift(apply))(adapted, x), apply(merged_like(adapted, params), x), 1e-4)
+    assert_close(jax.jit(lift(apply))(adapted, x), apply(merged_like(adapted, params), x), 1e-4)
     products = [
         str(jax.make_jaxpr(f)(p, x)).count("dot_general[")
         for f, p in ((apply, params), (lift(apply), adapted))
@@ -412,4 +414,4 @@ def test_a_tied_embedding():
     adapted = filled(
         lora(quantize(params, [("e", Int(8))], sites=found), "e", 2, key=KEY, sites=found)
     )
-    close(jax.jit(lift(function))(adapted, ids), function(merged_arrays(adapted), ids), 1e-4)
+    assert_close(jax.jit(lift(function))(adapted, ids), function(merged_arrays(adapted), ids), 1e-4)

@@ -14,9 +14,9 @@ from quant_reference import integers
 
 from jopt import quant
 from jopt.quant import BFloat16, Int, Spec, use_implementation, use_table
-from jopt.quant import _lowering as lowering
-from jopt.quant import _timings as timings
-from jopt.quant._implementations import NAMES
+from jopt.quant._products import lowering as lowering
+from jopt.quant._products import timings as timings
+from jopt.quant._products.implementations import NAMES
 from jopt.trace import explain, lift, sites
 
 GROUPS = Int(4, granularity="group", group_size=32)
@@ -345,7 +345,7 @@ def test_weights_alone_take_less_memory_than_floats(format):
 
 
 def test_long_sums_of_a_convolution_are_exact_where_they_are_of_floats():
-    from jopt.quant import _convolution as convolution
+    from jopt.quant._products import convolution as convolution
 
     rng = np.random.default_rng(0)
     for terms, size in ((900, 128), (9_000, 128), (33_000, 128)):

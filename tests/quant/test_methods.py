@@ -13,8 +13,8 @@ from jax import lax
 import jopt
 from jopt import quant, trees
 from jopt.quant import Int, Spec
-from jopt.quant._methods import GPTQ, HQQ, AdaRound, rounded
 from jopt.quant._policy import resolve
+from jopt.quant._rounding.methods import GPTQ, HQQ, AdaRound, rounded
 
 RNG = np.random.default_rng(0)
 

@@ -8,8 +8,8 @@ import pytest
 
 import jopt
 from jopt.quant import Int, Spec, quantize
-from jopt.quant._scaled import Scaled, along, scaled
-from jopt.quant._smoothquant import folded, folds, smooth, smoothquant_scales
+from jopt.quant._leaves.scaled import Scaled, along, scaled
+from jopt.quant._smoothing.smoothquant import folded, folds, smooth, smoothquant_scales
 
 D, HEADS, WIDE = 12, 3, 20
 

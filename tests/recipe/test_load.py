@@ -95,6 +95,13 @@ def test_bits_out_of_range(write):
         ("  - {stage: quantize, policy: [{weight: null}]}", "nothing would be quantized"),
         ("  - {stage: quantize, policy: [{weight: {bits: 4, granularity: group}}]}", "group_size"),
         ("  - {stage: quantize, policy: [{weight: {bits: 4}, static: true}]}", "`activation` too"),
+        ("  - {stage: quantize, policy: [{weight: {bits: 4}}], method: gptq}", "has pruned"),
+        (
+            "  - {stage: quantize, policy: [{weight: {bits: 4}}], method: awq, start: teacher, "
+            "epochs: 1}",
+            "rounds after training",
+        ),
+        ("  - {stage: quantize, policy: [{weight: {bits: 4}}], method: gpt}", "gptq"),
         ("  - {stage: export, platforms: []}", "platforms"),
         ("  - {stage: export}\n  - {stage: export, name: b}", "one `export`"),
         ("  - {stage: export}\n  - {stage: train, start: export}", "those are: teacher, sparsify"),

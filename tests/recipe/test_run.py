@@ -340,3 +340,35 @@ def _environment(path: pathlib.Path) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(path.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+
+ROUNDED = """\
+name: rounded
+data: {kind: digits}
+stages:
+  - stage: train
+    name: float
+    model: {kind: convnet, widths: [8]}
+    epochs: 2
+    batch_size: 32
+    optimizer: {kind: adamw, learning_rate: 0.01}
+"""
+
+
+@pytest.mark.parametrize("method", ["gptq", "smoothquant", "hqq"])
+def test_methods_of_rounding_end_in_an_artifact(method, tmp_path):
+    path = tmp_path / "rounded.yaml"
+    stage = (
+        "  - {stage: quantize, name: small, method: METHOD, observer: mse, batch_size: 32, policy: "
+        "[{weight: {bits: 4, granularity: group, group_size: 8}, where: '**/Dense*/kernel'},"
+        " {weight: {bits: 8}, activation: {bits: 8}, static: true}]}\n  - {stage: export}\n"
+    )
+    path.write_text(ROUNDED + stage.replace("METHOD", method))
+    result = recipe.run(recipe.load(path), tmp_path / "out", quiet=True)
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    first, small, _ = run["stages"].values()
+    assert small["bytes"] < first["bytes"] / 2
+    assert small["accuracy"] > first["accuracy"] - 0.05
+    images = data.digits().test[0]
+    expected = jax.jit(result.models["small"].apply)(result.models["small"].variables, images)
+    np.testing.assert_array_equal(artifact.load(tmp_path / "out" / "artifact")(images), expected)

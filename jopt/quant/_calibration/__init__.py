@@ -1,0 +1,1 @@
+"""What is measured on batches: ranges of activations, biases, equal channels."""

@@ -1,0 +1,1 @@
+"""Number formats: grids, small floats, tables, pieces, powers of two."""

@@ -1,0 +1,1 @@
+"""Products of quantized operands: their rules, their implementations, and how one is chosen."""

@@ -1,0 +1,138 @@
+"""Measures the implementations of quantized products on this machine, for a table of times."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jopt.trace import lift
+
+from .._formats.base import Grid, Int
+from .._formats.bfloat16 import BFloat16
+from .._leaves.weights import QArray
+from .._policy import Spec
+from .._quantize import quantize
+from . import kernels, timings
+from .implementations import possible
+from .lowering import use_implementation
+from .operands import Operands
+from .timings import Timing, Timings
+
+Shape = tuple[int, int, int]
+GROUP = 64
+
+# What `jopt profile --tune` measures without being told.
+COMMON_SHAPES: tuple[Shape, ...] = tuple(
+    (rows, size, size) for size in (512, 1024, 2048, 4096) for rows in (1, 8, 64, 512)
+)
+
+# What `tune` measures: the kinds of operands, as tables of times call them.
+KINDS: dict[str, Spec] = {
+    "w8a8": Spec(Int(8), Int(8)),
+    "w4a8": Spec(Int(4), Int(8)),
+    "w4a8-group": Spec(Int(4, granularity="group", group_size=GROUP), Int(8)),
+    "w8": Spec(Int(8)),
+    "w4": Spec(Int(4)),
+    "w4-group": Spec(Int(4, granularity="group", group_size=GROUP)),
+    "w8a16": Spec(Int(8), BFloat16()),
+    "w4a16": Spec(Int(4), BFloat16()),
+    "w4a16-group": Spec(Int(4, granularity="group", group_size=GROUP), BFloat16()),
+}
+
+
+def tune(
+    shapes: Sequence[Shape],
+    *,
+    kinds: Sequence[str] | None = None,
+    rounds: int = 10,
+    seconds: float = 0.003,
+    report: Callable[[Timing], None] | None = None,
+) -> Timings:
+    """Measures every implementation of quantized products of the given shapes on this machine.
+
+    The implementations of one product take turns, in `rounds` short rounds, and the least time of
+    each counts: whatever else a machine does only adds to a time. Use the result in
+    `jopt.quant.use_table`, or as the command `jopt profile --tune`, which writes it to a file.
+
+    Args:
+      shapes: rows of the activation, inputs and outputs of the weight. `64` inputs or a multiple
+        are needed where weights are grouped; other shapes are left out there.
+      kinds: of operands, such as `"w8a8"` or `"w4-group"`. Default: all.
+      rounds: how many.
+      seconds: how long one implementation runs in one round, about.
+      report: called with each result as it comes.
+
+    Raises:
+      ValueError: if a shape is not three positive integers, or a kind is unknown.
+    """
+    for shape in shapes:
+        if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise ValueError(f"`tune(...)`: a shape is (rows, inputs, outputs), got {shape!r}.")
+    kinds = kinds or tuple(KINDS)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"`tune(kinds=...)`: {kind!r} is none of {', '.join(KINDS)}.")
+    entries = []
+    for kind in kinds:
+        for shape in dict.fromkeys(shapes):
+            if kind.endswith("-group") and shape[1] % GROUP:
+                continue
+            entries.append(_measured(kind, shape, rounds, seconds))
+            if report is not None:
+                report(entries[-1])
+    return timings.here(entries)
+
+
+def least_times(
+    functions: dict[str, Callable[[], Any]], rounds: int, seconds: float
+) -> dict[str, float]:
+    """The least time of each function in seconds; they take turns. Each is called once before."""
+    calls = {}
+    for name, function in functions.items():
+        jax.block_until_ready(function())
+        began = time.perf_counter()
+        jax.block_until_ready(function())
+        calls[name] = max(1, round(seconds / max(time.perf_counter() - began, 1e-7)))
+    least = dict.fromkeys(functions, float("inf"))
+    for _ in range(rounds):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            for _ in range(calls[name] - 1):
+                function()
+            jax.block_until_ready(function())  # devices run programs in order
+            least[name] = min(least[name], (time.perf_counter() - began) / calls[name])
+    return least
+
+
+# Helpers, in order of use.
+
+
+def _measured(kind: str, shape: Shape, rounds: int, seconds: float) -> Timing:
+    rows, inputs, outputs = shape
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (rows, inputs))
+    leaf = quantize(jax.random.normal(keys[1], (inputs, outputs)), KINDS[kind])
+    compiled = {}
+    for name in _names(leaf, x):
+        with use_implementation(name):
+            program = jax.jit(lift(lambda w, x: x @ w)).lower(leaf, x).compile()
+        compiled[name] = functools.partial(program, leaf, x)
+    times = least_times(compiled, rounds, seconds)
+    return Timing(kind, *shape, tuple((name, time * 1e6) for name, time in times.items()))
+
+
+def _names(leaf: QArray, x: jax.Array) -> list[str]:
+    """The implementations that can serve a product."""
+    grid, dtype, plain = None, x.dtype, "dense"
+    if isinstance(leaf.activation, BFloat16):
+        dtype, plain = jnp.bfloat16, "bfloat16"
+    elif leaf.activation is not None:
+        grid, dtype = Grid(jnp.ones((1, 1)), None), jnp.int8
+    operands = Operands(x.astype(dtype), grid, leaf, False, None, x.dtype)
+    names = [plain, *possible(operands)]
+    if kernels.serves(operands) and timings.backend() in ("cuda", "tpu"):
+        names.append("pallas")
+    return list(dict.fromkeys(names))

@@ -1,0 +1,1 @@
+"""Rounding layer by layer on data: GPTQ, AWQ, AdaRound, HQQ."""

@@ -1,0 +1,140 @@
+"""HQQ: scales and zero points that ignore outliers, found from the weight alone."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jopt.trace.layered import spread
+
+from .._formats.base import Format, Grid
+from .._formats.layout import shared_axes
+from .layerwise import Rounded, adjustable, checked_weight, nearest, over_layers, pooled
+
+_SMALLEST = 1e-12  # beside sums of squares of weights
+
+
+def hqq(
+    weight: jax.Array,
+    format: Format,
+    *,
+    p: float = 0.7,
+    beta: float = 10.0,
+    growth: float = 1.01,
+    steps: int = 20,
+) -> Rounded:
+    """Rounds a weight on the grid that leaves few weights with an error, without any data.
+
+    Half-quadratic splitting of min Σ |W - Ŵ|^p, p < 1, with an auxiliary error E:
+
+        E = sign(r) max(|r| - |r|^(p-1) / beta, 0),   r = (W - Ŵ) / step
+        grid ← argmin ‖W - E·step - Ŵ(grid)‖² for the codes at hand,  beta ← growth · beta
+
+    The second line is a straight-line fit in closed form for all that share a scale: its slope for
+    a symmetric format, slope and intercept for one with a zero point. The best grid met on the
+    way is kept, and rounding to nearest is the first of them.
+
+    The authors hold the scale and change a zero point in floating point. Here zero points are
+    integers, as the formats store them, so that they could not move little by little: the scale is
+    fitted as well. They measure r in weights, with beta in proportion to them; measured in steps of
+    the grid, one beta does for weights of any size.
+
+    Args:
+      weight: `[..., in, out]`.
+      format: one whose grid is that of an interval: `Int`, but not a codebook fitted to values.
+      p: exponent of the error, above 0 and at most 1.
+      beta: weight of the splitting, to begin with.
+      growth: of beta, from step to step.
+      steps: of the iteration.
+
+    Returns:
+      Codes and grid.
+
+    Raises:
+      TypeError: if the weight is not floating, or the format none or without such a grid.
+      ValueError: if a group does not divide, or an option is out of its range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jopt.quant import Int, hqq
+      >>> weight = jnp.array([[1.0], [1.1], [0.9], [-1.0], [3.7]])  # the last is an outlier
+      >>> bool(hqq(weight, Int(3)).grid.scale < Int(3).fit(weight, (-2,)).scale)
+      True
+
+    References:
+      Hicham Badri, Appu Shaji, Half-quadratic quantization of large machine learning models, 2023,
+      https://mobiusml.github.io/hqq_blog/.
+    """
+    weight, format = checked_weight("hqq", weight, format)
+    adjustable("hqq", format)
+    if not 0 < p <= 1 or beta <= 0 or growth <= 0 or steps < 0:
+        raise ValueError(
+            f"`hqq(p={p}, beta={beta}, growth={growth}, steps={steps})`: 0 < p <= 1, beta and "
+            "growth above 0, and steps at least 0."
+        )
+    return _layers(weight, p, beta, growth, format=format, steps=steps)
+
+
+class _Best(NamedTuple):
+    low: jax.Array  # ends of the interval that the grid covers
+    high: jax.Array
+    error: jax.Array  # Σ |W - Ŵ|^p of what shares a scale
+
+
+@functools.partial(jax.jit, static_argnames=("format", "steps"))
+def _layers(weight: jax.Array, p: Any, beta: Any, growth: Any, **options: Any) -> Rounded:
+    def matrix(weight: jax.Array) -> Rounded:
+        return _matrix(weight.astype(jnp.float32), p, beta, growth, **options)
+
+    return over_layers(matrix, weight)
+
+
+def _matrix(
+    weight: jax.Array, p: Any, beta: Any, growth: Any, format: Format, steps: int
+) -> Rounded:
+    rounding = nearest(format)
+    low, high = format.extent(weight, shared_axes(format.granularity, 2, (-2,), 0))
+
+    def look(low: jax.Array, high: jax.Array) -> tuple[Grid, jax.Array, jax.Array]:
+        grid = rounding.grid(low, high)
+        value = rounding.decode(rounding.encode(weight, grid), grid)
+        return grid, value, pooled(jnp.abs(weight - value) ** p, low.shape)
+
+    def step(number: Any, carry: Any) -> Any:
+        low, high, best = carry
+        grid, value, _ = look(low, high)
+        unit = spread(jnp.maximum(high - low, _SMALLEST) / 2.0**format.bits, weight.shape)
+        rest = weight - unit * _shrunk(
+            (weight - value) / unit, p, beta * growth ** number.astype(jnp.float32)
+        )
+        slope, shift = _line(value, rest, low.shape, grid.zero_point is not None)
+        low, high = low * slope + shift, high * slope + shift
+        error = look(low, high)[2]
+        better = error < best.error
+        found = (jnp.where(better, a, b) for a, b in zip((low, high, error), best, strict=True))
+        return low, high, _Best(*found)
+
+    best = _Best(low, high, look(low, high)[2])
+    _, _, best = jax.lax.fori_loop(0, steps, step, (low, high, best))
+    grid = rounding.grid(best.low, best.high)
+    return Rounded(rounding.encode(weight, grid).astype(format.container), grid)
+
+
+def _shrunk(r: jax.Array, p: Any, beta: Any) -> jax.Array:
+    size = jnp.abs(r)
+    threshold = jnp.where(size > 0, jnp.maximum(size, _SMALLEST) ** (p - 1), 0.0) / beta
+    return jnp.sign(r) * jnp.maximum(size - threshold, 0.0)
+
+
+def _line(
+    x: jax.Array, y: jax.Array, shape: tuple[int, ...], free: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Slope and intercept of the least-squares line through (x, y), or through the origin too."""
+    count = x.size / (shape[0] * shape[1])
+    middle_x, middle_y = (pooled(v, shape) / count if free else jnp.zeros(shape) for v in (x, y))
+    x, y = x - spread(middle_x, x.shape), y - spread(middle_y, y.shape)
+    square, product = pooled(x * x, shape), pooled(x * y, shape)
+    slope = jnp.where(square > _SMALLEST, product / jnp.maximum(square, _SMALLEST), 1.0)
+    slope = jnp.where(slope > 0, slope, 1.0)
+    return slope, middle_y - slope * middle_x

@@ -1,0 +1,1 @@
+"""SmoothQuant, and where the neighbours of a layer can take a factor."""

@@ -1,0 +1,1 @@
+"""Training with quantization: straight-through values, learned steps, noise, few bits."""
