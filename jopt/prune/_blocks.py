@@ -144,9 +144,10 @@ class Tree(Pattern):
     """Patterns within patterns, from coarse to fine: channels go, then blocks, then weights.
 
     Every level has a part of the work. At sparsity s the first level prunes its units to the
-    fraction `parts[0] · s`, the next its own units to `(parts[0] + parts[1]) · s`, where what the
-    coarser levels took counts and comes first, and the last one to s. So the last level settles the
-    count, exactly where it is `Unstructured()`. What a unit has left is what its score is made of.
+    fraction `parts[0] · s`, rounded down, the next its own units to `(parts[0] + parts[1]) · s`,
+    where units already gone count and come first, and the last one to s. So the last level settles
+    the count, exactly where it is `Unstructured()`; only units that cut across each other can take
+    more than s before. What a unit has left is what its score is made of.
 
     Attributes:
       levels: patterns from coarse to fine, two or more. All but the last take whole units; the last

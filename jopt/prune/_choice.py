@@ -48,7 +48,7 @@ class Plan(NamedTuple):
                 pairs = zip(gone, scores, strict=True)
                 scores = [jnp.where(g, -jnp.inf, _wide(s)) for g, s in pairs]
             part = level * reached if reached != 1 else level
-            kept = _chosen(scores, part, pattern, self.scope, axes, dense)
+            kept = _chosen(scores, part, pattern, self.scope, axes, dense, down=reached < 1)
             lost = [~k for k in kept]
             gone = lost if gone is None else [a | b for a, b in zip(gone, lost, strict=True)]
         assert gone is not None
@@ -135,17 +135,18 @@ def _chosen(
     scope: str,
     axes: list[int],
     dense: list[bool],
+    *,
+    down: bool,
 ) -> list[jax.Array]:
     units = [pattern.units(score, axis) for score, axis in zip(scores, axes, strict=True)]
     sizes = [unit.size for unit in units]
     together = scope == "global"
     if together:
-        lowest = _scopes.counts([level], pattern.share, [sum(sizes)])
+        lowest = _scopes.counts([level], pattern.share, [sum(sizes)], down=down)
     else:
         shapes = [score.shape for score in scores]
-        lowest = _scopes.counts(
-            _scopes.fractions(level, scope, shapes, dense), pattern.share, sizes
-        )
+        levels = _scopes.fractions(level, scope, shapes, dense)
+        lowest = _scopes.counts(levels, pattern.share, sizes, down=down)
     kept = _threshold.keep(_threshold.common(units), lowest, together=together)
     triples = zip(kept, scores, axes, strict=True)
     return [pattern.spread(mask, score, axis) for mask, score, axis in triples]

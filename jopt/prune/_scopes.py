@@ -119,17 +119,26 @@ def fractions(
     return [none if mine else one for mine in dense]
 
 
-def counts(levels: Sequence[Any], share: float, sizes: Sequence[int]) -> _wide.Wide:
-    """How many of so many units go: `round(level / share * size)`, half to even."""
+def counts(
+    levels: Sequence[Any], share: float, sizes: Sequence[int], *, down: bool = False
+) -> _wide.Wide:
+    """How many of so many units go: `round(level / share * size)`, half to even, or rounded down.
+
+    Rounded down a traced count is exact up to 2**24 only, which is enough for coarse units.
+    """
     if any(isinstance(level, Tracer) for level in levels):
         traced = jnp.stack([jnp.asarray(level).astype(jnp.float32) for level in levels])
-        return _wide.shares(jnp.clip(traced / np.float32(share), 0.0, 1.0), sizes)
-    return _wide.wide(
-        [
-            round(min(max(float(level) / share, 0.0), 1.0) * size)
-            for level, size in zip(levels, sizes, strict=True)
-        ]
-    )
+        part = jnp.clip(traced / np.float32(share), 0.0, 1.0)
+        if down:
+            whole = jnp.floor(part * np.asarray(sizes, np.float32) + np.float32(1e-3))
+            return _wide.widen(whole.astype(jnp.uint32))
+        return _wide.shares(part, sizes)
+    to_whole = (lambda x: math.floor(x + 1e-3)) if down else round
+    exact = [
+        to_whole(min(max(float(level) / share, 0.0), 1.0) * size)
+        for level, size in zip(levels, sizes, strict=True)
+    ]
+    return _wide.wide(exact)
 
 
 # Helpers, in order of use.
