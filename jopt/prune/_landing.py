@@ -82,7 +82,10 @@ def forgotten(
         found.append(trees.with_weight(none, next(own)) if mine else none)
 
     def forget(kept: Any, zero: Any) -> Any:
+        zero = trees.weight_of(zero)
         if _is_masked(kept) or not jnp.ndim(zero):
+            return kept
+        if not jnp.issubdtype(jnp.result_type(kept), jnp.inexact):
             return kept
         tail = jnp.shape(kept)[max(jnp.ndim(kept) - jnp.ndim(zero), 0) :]
         if tail != jnp.shape(zero):

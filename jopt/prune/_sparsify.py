@@ -1,7 +1,7 @@
 """Pruning while training: gradient transformations whose updates land on masked weights."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,78 +114,7 @@ def sparsify(
     choice.check(sparsity, score)
     if not isinstance(every, Tracer) and every < 1:
         raise ValueError(f"`{caller}(..., every={every})` expects a number of steps, at least 1.")
-    wrapped = None if inner is None else optax.with_extra_args_support(inner)
-
-    def init(params: PyTree) -> SparsifyState:
-        step, reached = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)
-        within = () if wrapped is None else wrapped.init(params)
-        if not jax.tree.leaves(params):
-            words = _packed.placeholder(params)
-            return SparsifyState(step, reached, words, score.init(params), within)
-        plan = choice.plan(params, sparsity)
-        if len(plan.parts) > 1:
-            reached = jnp.zeros([len(plan.parts)], jnp.float32)
-        scoring = score.init(plan.selection.weights(params))
-        words = _packed.blank(params, plan.selection)
-        return SparsifyState(step, reached, words, scoring, within)
-
-    def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, SparsifyState]:
-        params = _landing.needed(params, caller)
-        if not jax.tree.leaves(params):
-            return updates, state
-        plan = choice.plan(params, sparsity)
-        selection = plan.selection
-        weights = selection.weights(params)
-        seen = extra_args
-        if wrapped is not None:
-            seen = {**extra_args, "grad": updates, "inner_state": state.inner}
-        scoring = score.update(selection.weights(updates), state.score, weights, **seen)
-        targets = [p.sparsity(state.step) if callable(p.sparsity) else p.sparsity
-                   for p in plan.parts]  # fmt: skip
-        aims = [jnp.asarray(target).astype(jnp.float32) for target in targets]
-        aim = jnp.stack(aims) if state.sparsity.ndim else aims[0]
-        risen = aim > state.sparsity
-        moved = (aim > 0) | (aim != state.sparsity) if regrow else risen
-        due = (state.step % every == 0) & jnp.any(moved)
-        before = _packed.words_of(state.masks, selection)
-
-        def look() -> list[jax.Array]:
-            statistics = score.observe(scoring, weights, **seen, steps=state.step)
-            scores = ranked(score, statistics, weights, caller=caller)
-            if regrow:
-                return [_packed.pack(~kept) for kept in plan.choose(scores, targets)]
-            return _grown(before, scores, targets, plan)
-
-        words = jax.lax.cond(due, look, lambda: before)
-        gone = _landing.pruned(words, selection)
-        within = state.inner
-        if wrapped is not None:
-            updates, within = _landing.stepped(
-                wrapped, updates, within, params, gone, selection, extra_args
-            )
-        reached = aim if regrow else jnp.maximum(aim, state.sparsity)
-        state = SparsifyState(
-            step=jnp.asarray(optax.safe_increment(state.step)),
-            sparsity=jnp.where(due, reached, state.sparsity),
-            masks=_packed.with_words(state.masks, selection, words),
-            score=scoring,
-            inner=within,
-        )
-        return _landing.landed(updates, gone, selection), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _grown(
-    before: Sequence[jax.Array], scores: Sequence[jax.Array], targets: Sequence[Any], plan: Plan
-) -> list[jax.Array]:
-    """Masks that keep what is pruned and add the lowest of the rest."""
-    gone = _landing.pruned(before, plan.selection)
-    lowered = [jnp.where(g, -jnp.inf, s) for g, s in zip(gone, scores, strict=True)]
-    kept = plan.choose(lowered, targets)
-    return [_packed.pack(g | ~k) for g, k in zip(gone, kept, strict=True)]
+    return gradual(choice, sparsity, score, every, inner, "anew" if regrow else "grow")
 
 
 def hold(masks: PyTree) -> optax.GradientTransformationExtraArgs:
@@ -243,3 +172,86 @@ def hold(masks: PyTree) -> optax.GradientTransformationExtraArgs:
         return _landing.landed(updates, gone, selection), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def gradual(
+    choice: Choice,
+    sparsity: Any,
+    score: Score,
+    every: int | jax.Array,
+    inner: optax.GradientTransformation | None,
+    mode: Literal["grow", "anew", "phases"],
+) -> optax.GradientTransformationExtraArgs:
+    """`sparsify` with masks that only grow, or new ones at each look, or as sparsity changes."""
+    wrapped = None if inner is None else optax.with_extra_args_support(inner)
+
+    def init(params: PyTree) -> SparsifyState:
+        step, reached = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)
+        within = () if wrapped is None else wrapped.init(params)
+        if not jax.tree.leaves(params):
+            words = _packed.placeholder(params)
+            return SparsifyState(step, reached, words, score.init(params), within)
+        plan = choice.plan(params, sparsity)
+        if len(plan.parts) > 1:
+            reached = jnp.zeros([len(plan.parts)], jnp.float32)
+        scoring = score.init(plan.selection.weights(params))
+        words = _packed.blank(params, plan.selection)
+        return SparsifyState(step, reached, words, scoring, within)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, SparsifyState]:
+        params = _landing.needed(params, choice.caller)
+        if not jax.tree.leaves(params):
+            return updates, state
+        plan = choice.plan(params, sparsity)
+        selection = plan.selection
+        weights = selection.weights(params)
+        seen = extra_args
+        if wrapped is not None:
+            seen = {**extra_args, "grad": updates, "inner_state": state.inner}
+        scoring = score.update(selection.weights(updates), state.score, weights, **seen)
+        targets = [p.sparsity(state.step) if callable(p.sparsity) else p.sparsity
+                   for p in plan.parts]  # fmt: skip
+        aims = [jnp.asarray(target).astype(jnp.float32) for target in targets]
+        aim = jnp.stack(aims) if state.sparsity.ndim else aims[0]
+        risen, changed = aim > state.sparsity, aim != state.sparsity
+        moved = {"grow": risen, "anew": changed | (aim > 0), "phases": changed}[mode]
+        due = (state.step % every == 0) & jnp.any(moved)
+        before = _packed.words_of(state.masks, selection)
+
+        def look() -> list[jax.Array]:
+            statistics = score.observe(scoring, weights, **seen, steps=state.step)
+            scores = ranked(score, statistics, weights, caller=choice.caller)
+            if mode != "grow":
+                return [_packed.pack(~kept) for kept in plan.choose(scores, targets)]
+            return _grown(before, scores, targets, plan)
+
+        words = jax.lax.cond(due, look, lambda: before)
+        gone = _landing.pruned(words, selection)
+        within = state.inner
+        if wrapped is not None:
+            updates, within = _landing.stepped(
+                wrapped, updates, within, params, gone, selection, extra_args
+            )
+        reached = jnp.maximum(aim, state.sparsity) if mode == "grow" else aim
+        state = SparsifyState(
+            step=jnp.asarray(optax.safe_increment(state.step)),
+            sparsity=jnp.where(due, reached, state.sparsity),
+            masks=_packed.with_words(state.masks, selection, words),
+            score=scoring,
+            inner=within,
+        )
+        return _landing.landed(updates, gone, selection), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _grown(
+    before: Sequence[jax.Array], scores: Sequence[jax.Array], targets: Sequence[Any], plan: Plan
+) -> list[jax.Array]:
+    """Masks that keep what is pruned and add the lowest of the rest."""
+    gone = _landing.pruned(before, plan.selection)
+    lowered = [jnp.where(g, -jnp.inf, s) for g, s in zip(gone, scores, strict=True)]
+    kept = plan.choose(lowered, targets)
+    return [_packed.pack(g | ~k) for g, k in zip(gone, kept, strict=True)]

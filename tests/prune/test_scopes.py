@@ -154,5 +154,5 @@ def test_policy_errors():
         prune.masks(params, [("**", 1.5)])
     with pytest.raises(ValueError, match="leaves all weights dense"):
         prune.masks(params, [("**", None)])
-    with pytest.raises(ValueError, match="at most a fraction of 0.5"):
+    with pytest.raises(ValueError, match=r"at most a fraction of 0\.5"):
         prune.sparsify([("a/**", 0.4), ("**", 0.6)], pattern=prune.NM(2, 4))
