@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jopt import trees
@@ -104,7 +105,7 @@ def top_kast(
       arXiv 2106.03517.
     """
     known = not isinstance(forward, Tracer) and not isinstance(backward, Tracer)
-    if known and bool(jnp.asarray(backward) > jnp.asarray(forward)):
+    if known and bool(np.asarray(backward) > np.asarray(forward)):
         raise ValueError(
             f"`top_kast(params, {forward}, {backward})`: the backward set holds the forward set, "
             "so `backward` is a sparsity of at most `forward`."
