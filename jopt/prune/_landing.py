@@ -94,7 +94,14 @@ def forgotten(
         return jnp.where(zero.reshape(shape), jnp.zeros_like(kept), kept)
 
     marks = selection.treedef.unflatten(found)
-    return optax.tree_utils.tree_map_params(tx, forget, state, marks, is_leaf=_is_masked)
+    try:
+        return optax.tree_utils.tree_map_params(tx, forget, state, marks, is_leaf=_is_masked)
+    except ValueError as error:
+        raise ValueError(
+            "`optax.tree_map_params` cannot tell which parts of this optimizer's state belong to "
+            "which weights, so moments of pruned weights cannot be reset. In place of `inner=` put "
+            f"`prune.sparsify` or `prune.hold` behind it, in `optax.chain`.\n{error}"
+        ) from error
 
 
 def stepped(

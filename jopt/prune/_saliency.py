@@ -136,7 +136,9 @@ def fisher(moments: PyTree | None = None, *, decay: float | None = None) -> Scor
 
     Second moments come from the optimizer that `sparsify(..., inner=tx)` wraps, from the field `nu`
     of its state (Adam, AdamW, LAMB, RMSProp and others of their kind), at no cost. Adam's bias
-    correction is one factor for all weights and changes no order, so it is left out.
+    correction is one factor for all weights and changes no order, so it is left out. Before the
+    optimizer's first step, when moments are all zero, it is the squared gradient of the step, which
+    is what the corrected moments would be.
 
     Args:
       moments: mean squares of the gradients, in the structure of the parameters.
@@ -161,8 +163,17 @@ def fisher(moments: PyTree | None = None, *, decay: float | None = None) -> Scor
     if decay is None:
 
         def observe(state: PyTree, params: PyTree, **extra_args: Any) -> PyTree:
-            given = extra_args.get("inner_state")
-            return _second_moments(given, params) if moments is None else _among(moments, params)
+            if moments is not None:
+                return _among(moments, params)
+            found = _second_moments(extra_args.get("inner_state"), params)
+            # All zero before the optimizer's first step: the order of the weights would decide.
+            blank = jnp.stack([jnp.all(v == 0) for v in jax.tree.leaves(found)]).all()
+            squares = jax.tree.map(
+                lambda g: _wide(g) ** 2, _gradients("fisher", params, extra_args)
+            )
+            return jax.tree.map(
+                lambda v, g: jnp.where(blank, g, _wide(v).astype(g.dtype)), found, squares
+            )
 
         return Score(rank, observe=observe)
     _fraction("fisher", decay)

@@ -10,6 +10,7 @@ import pytest
 from toy_sparse import random_params, train, weights_of
 
 from jopt import prune
+from jopt.train import init, make_step
 
 
 @pytest.fixture(autouse=True)
@@ -247,6 +248,30 @@ def test_top_kast():
     np.testing.assert_allclose(jax.grad(loss)(params)["k"].ravel(), slope, rtol=1e-5)
     with pytest.raises(ValueError, match="`backward` is a sparsity of at most `forward`"):
         prune.top_kast(params, 0.5, 0.75)
+
+
+def test_in_the_train_step():
+    target = jax.random.normal(jax.random.key(5), (8, 8))
+
+    def loss(params, batch):
+        return jnp.mean(
+            (batch @ params["k"] + jnp.expand_dims(params["b"], 0) - batch @ target) ** 2
+        )
+
+    options = {"inner": optax.adam(0.05), "key": jax.random.key(0), "scope": "layer"}
+    for tx in (
+        prune.rigl(0.5, until=60, every=10, **options),
+        prune.sparsify(0.5, score=prune.fisher(), inner=options["inner"]),
+    ):
+        step = make_step(loss, tx)
+        state = init({"k": jax.random.normal(jax.random.key(1), (8, 8)), "b": jnp.zeros(8)}, tx)
+        losses = []
+        for seed in range(80):
+            state, metrics = step(state, jax.random.normal(jax.random.key(seed), (16, 8)))
+            losses.append(float(metrics["loss"]))
+        masks = prune.masks_of(state.opt_state)["k"]
+        np.testing.assert_array_equal(state.params["k"] == 0, ~masks)
+        assert int(masks.sum()) == 32 and np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
 
 def test_errors():

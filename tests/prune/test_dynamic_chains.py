@@ -132,3 +132,13 @@ def test_nan_gradients_of_pruned_weights_go_nowhere():
             grads["a"]["kernel"] = jnp.where(prune.masks_of(state)["a"]["kernel"], 1.0, jnp.nan)
         found = jax.tree.leaves((weights, state.inner))
         assert all(bool(jnp.all(jnp.isfinite(x))) for x in found)
+
+
+def test_an_optimizer_whose_state_cannot_be_told_apart():
+    params = {"k": jnp.ones((4, 4)), "b": jnp.ones(4)}
+    tx = prune.sparsify(0.5, inner=optax.sm3(0.1))
+    with pytest.raises(ValueError, match=r"`optax.tree_map_params` cannot tell"):
+        tx.update(params, tx.init(params), params)
+    chained = optax.chain(optax.sm3(0.1), prune.sparsify(0.5))
+    updates, _ = chained.update(params, chained.init(params), params)
+    assert int(jnp.sum(optax.apply_updates(params, updates)["k"] == 0)) == 8

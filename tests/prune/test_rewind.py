@@ -36,6 +36,7 @@ CHAINS = {
         },
         LABELS,
     ),
+    "movement": lambda: prune.sparsify(0.5, score=prune.movement(), inner=optax.adam(rate)),
     "moving": lambda: prune.static(0.5, inner=optax.adam(rate), key=jax.random.key(0)),
 }
 

@@ -149,6 +149,14 @@ def test_fisher_from_adams_second_moments():
     equal(prune.masks_of(state), [w**2 * m for w, m in zip(before[2], moments, strict=True)], 0.5)
 
 
+def test_fisher_at_the_first_step_takes_its_gradient():
+    params, grads = random_params(0), random_grads(1)
+    tx = prune.sparsify(0.5, score=prune.fisher(), inner=optax.adam(0.1))
+    _, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    pairs = zip(as_numpy(params), as_numpy(grads), strict=True)
+    equal(prune.masks_of(state), [w**2 * g**2 for w, g in pairs], 0.5)
+
+
 def test_state_is_arrays_and_keeps_its_form():
     for score in (prune.movement(), prune.taylor(decay=0.9), prune.fisher(decay=0.9)):
         tx = prune.sparsify(RAMP, score=score, inner=optax.adam(0.1))
