@@ -203,6 +203,49 @@ def steps_sparsity(points: Sequence[tuple[int, float]]) -> optax.Schedule:
     return schedule
 
 
+def alternating_sparsity(final: float, *, begin: int, period: int, end: int) -> optax.Schedule:
+    """Switches between dense and sparse phases of equal length, and stays sparse at the end.
+
+        s(t) = 0                                              for t < begin
+             = final if ⌊(t - begin) / period⌋ is even, else 0  for begin <= t < end
+             = final                                          for t >= end
+
+    Args:
+      final: the sparsity of the sparse phases, in [0, 1).
+      begin: the length of the first, dense phase.
+      period: the length of each other phase.
+      end: the step from which it is sparse for good.
+
+    Returns:
+      A schedule for `jopt.prune.ac_dc`, or for `sparsify(..., regrow=True)`.
+
+    Raises:
+      ValueError: if the sparsity is outside [0, 1), or not `0 <= begin <= end` and `period >= 1`.
+
+    Example:
+      >>> from jopt import schedules
+      >>> sparsity = schedules.alternating_sparsity(0.9, begin=10, period=5, end=20)
+      >>> [round(float(sparsity(step)), 3) for step in (9, 10, 14, 15, 19, 20, 25)]
+      [0.0, 0.9, 0.9, 0.0, 0.0, 0.9, 0.9]
+
+    References:
+      Peste, Iofinova, Vladu, Alistarh, "AC/DC: Alternating Compressed/DeCompressed Training of Deep
+      Neural Networks", 2021, arXiv 2106.12379.
+    """
+    call = f"alternating_sparsity({final}, begin={begin}, period={period}, end={end})"
+    _sparsities(call, [final])
+    if period < 1 or not 0 <= begin <= end:
+        raise ValueError(f"`{call}` expects steps with `0 <= begin <= end` and `period >= 1`.")
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step)
+        sparse = jnp.floor_divide(step - begin, period) % 2 == 0
+        sparse = (step >= begin) & (sparse | (step >= end))
+        return jnp.where(sparse, jnp.float32(final), jnp.float32(0))
+
+    return schedule
+
+
 def _float(step: jax.typing.ArrayLike) -> jax.Array:
     return jnp.asarray(step).astype(jnp.float32)
 

@@ -53,6 +53,10 @@ TABLE = {
         trapezoid(lambda x: (1 + np.cos(np.pi * x)) / 2, 0.1),
     ),
     "cubic": (schedules.cubic_sparsity(0.8, begin=40, end=200, initial=0.3), cubic),
+    "phases": (
+        schedules.alternating_sparsity(0.9, begin=30, period=40, end=230),
+        lambda t: 0.9 if t >= 230 or (t >= 30 and (t - 30) // 40 % 2 == 0) else 0.0,
+    ),
     "jumps": (schedules.steps_sparsity([(150, 0.5), (175, 0.75)]), jumps),
 }
 METHODS = pytest.mark.parametrize("name", TABLE)
@@ -146,6 +150,11 @@ def test_plateau_without_ends():
         (lambda: schedules.cubic_sparsity(1.0, begin=0, end=5), r"in \[0, 1\).*1.0 is not"),
         (lambda: schedules.cubic_sparsity(0.5, begin=0, end=5, initial=-0.1), "-0.1 is not"),
         (lambda: schedules.cubic_sparsity(0.5, begin=5, end=5), "`0 <= begin < end`"),
+        (lambda: schedules.alternating_sparsity(1.0, begin=0, period=1, end=5), "1.0 is not"),
+        (
+            lambda: schedules.alternating_sparsity(0.5, begin=6, period=1, end=5),
+            "`0 <= begin <= end` and `period >= 1`",
+        ),
         (lambda: schedules.steps_sparsity([]), "steps of 0 or more"),
         (lambda: schedules.steps_sparsity([(5, 0.5), (3, 0.6)]), "strictly increase"),
         (lambda: schedules.steps_sparsity([(5, 1.5)]), "1.5 is not"),

@@ -1,6 +1,6 @@
 """Masks from scores, patterns and scopes; masks applied; masks counted."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,15 +11,13 @@ from jax.core import Tracer
 from jopt import trees
 from jopt.trace import Site
 
-from . import _threshold, _wide
-from ._patterns import Pattern, Unstructured
-from ._scores import Score, magnitude
-from ._select import input_axes, select
+from . import _select
+from ._choice import MAGNITUDE, UNSTRUCTURED, Choice, ranked
+from ._patterns import Pattern
+from ._scopes import Level, Policy
+from ._scores import Score
 
 PyTree = Any
-MAGNITUDE = magnitude(1)
-UNSTRUCTURED = Unstructured()
-SCOPES = ("global", "layer")
 
 
 class Kept(NamedTuple):
@@ -27,6 +25,7 @@ class Kept(NamedTuple):
 
     kept: int
     total: int
+    reason: str = ""  # why it was left dense though it was asked for
 
     @property
     def sparsity(self) -> float:
@@ -36,13 +35,14 @@ class Kept(NamedTuple):
 
 def masks(
     params: PyTree,
-    sparsity: jax.typing.ArrayLike,
+    sparsity: Level | Policy,
     *,
     score: Score = MAGNITUDE,
     pattern: Pattern = UNSTRUCTURED,
     scope: str = "global",
     where: trees.Where | None = None,
     sites: Sequence[Site] | None = None,
+    unfit: str = "error",
 ) -> PyTree:
     """Marks the weights to keep: all but the lowest scores.
 
@@ -55,13 +55,20 @@ def masks(
     Args:
       params: any pytree; typed leaves that train (`jopt.quant.FakeQuant`) are masked on their
         weight.
-      sparsity: the fraction of weights to prune, in [0, 1).
+      sparsity: the fraction of weights to prune, in [0, 1); or a policy of such fractions, a list
+        of `(where, fraction)` in which the first match counts, and leaves without one, or with
+        `None`, stay dense. A scope then acts within each row's leaves.
       score: how much each weight matters.
       pattern: which weights may only go together.
-      scope: `"global"` ranks the weights of all leaves together, `"layer"` prunes each leaf alike.
+      scope: `"global"` ranks the weights of all leaves together; `"layer"` prunes each leaf alike;
+        `"uniform"` does so but leaves the first and the last layer dense, as `sites` has them;
+        `"erk"` keeps a density of each leaf in proportion to Σ dims / Π dims, at most 1, so that
+        small leaves keep more, and all together have the sparsity (each count is rounded).
       where: the leaves to prune; by default those with two axes or more.
-      sites: from `jopt.sites`, tells patterns along which axis a weight's inputs lie; by default
-        weights are `[..., in, out]`.
+      sites: from `jopt.sites`, tells patterns along which axis a weight's inputs lie (by default
+        weights are `[..., in, out]`), and scopes in which order weights are used.
+      unfit: what to do where the pattern does not fit: `"error"` lists all such leaves, `"skip"`
+        leaves them dense, and `misfits` says which and why.
 
     Returns:
       A mask tree: boolean arrays shaped like the weights, False where pruned, and a scalar True for
@@ -70,6 +77,7 @@ def masks(
     Raises:
       ValueError: if `sparsity` is outside [0, 1) or above what the pattern allows, `where` selects
         nothing, `scope` is unknown, or the pattern does not fit; then every such path is listed.
+        If a score needs statistics that it was not given.
       TypeError: if a selected leaf cannot be pruned.
 
     Example:
@@ -80,14 +88,42 @@ def masks(
       Array([[False,  True],
              [ True, False]], dtype=bool)
     """
-    caller = "prune.masks"
-    check(sparsity, score, pattern, scope, caller=caller)
-    selection = select(params, where, caller=caller)
-    axes = input_axes(selection, pattern, sites, caller=caller)
-    weights = selection.weights(params)
-    scores = ranked(score, score.init(weights), weights, caller=caller)
-    kept = choose(scores, sparsity, pattern=pattern, scope=scope, axes=axes)
-    return selection.filled(kept, lambda leaf: jnp.ones((), bool))
+    choice = Choice(pattern, scope, where, sites, unfit, caller="prune.masks")
+    choice.check(sparsity, score)
+    plan = choice.plan(params, sparsity)
+    weights = plan.selection.weights(params)
+    statistics = score.observe(score.init(weights), weights)
+    scores = ranked(score, statistics, weights, caller=choice.caller)
+    kept = plan.choose(scores, [part.sparsity for part in plan.parts])
+    return plan.selection.filled(kept, lambda leaf: jnp.ones((), bool))
+
+
+def misfits(
+    params: PyTree,
+    pattern: Pattern,
+    *,
+    where: trees.Where | None = None,
+    sites: Sequence[Site] | None = None,
+) -> dict[str, str]:
+    """Says which weights a pattern does not fit, and why: what `unfit="skip"` leaves dense.
+
+    Args:
+      params: any pytree.
+      pattern: which weights may only go together.
+      where: the leaves to prune, as of `masks`.
+      sites: from `jopt.sites`, as of `masks`.
+
+    Returns:
+      The reason by path.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jopt import prune
+      >>> prune.misfits({"a": jnp.ones((6, 2)), "b": jnp.ones((8, 2))}, prune.NM(2, 4))
+      {'a': 'shape (6, 2): 6 inputs (axis -2) are not a multiple of 4'}
+    """
+    selection = _select.select(params, where, caller="prune.misfits")
+    return _select.reasons(selection, pattern, sites)
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
@@ -121,96 +157,29 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     return treedef.unflatten(applied)
 
 
-def report(masks: PyTree) -> dict[str, Kept]:
-    """Counts what each mask keeps, by path; leaves that stay dense (a scalar True) have no entry.
+def report(masks: PyTree, *, skipped: Mapping[str, str] | None = None) -> dict[str, Kept]:
+    """Counts what each mask keeps, by path.
+
+    Leaves that stay dense (a scalar True) have no entry, except those named in `skipped`.
+
+    Args:
+      masks: a mask tree.
+      skipped: the reasons from `misfits`, to be reported with the leaves.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from jopt import prune
       >>> prune.report({"kernel": jnp.array([[True, False]]), "bias": jnp.array(True)})
-      {'kernel': Kept(kept=1, total=2)}
+      {'kernel': Kept(kept=1, total=2, reason='')}
     """
-    return {
-        path: Kept(int(np.count_nonzero(mask)), int(np.size(mask)))
-        for path, mask in trees.items(masks)
-        if not is_dense(mask)
-    }
-
-
-def check(sparsity: Any, score: Score, pattern: Pattern, scope: str, *, caller: str) -> None:
-    """Raises if an option is out of its range, as far as it is known without tracing."""
-    if not isinstance(score, Score):
-        raise TypeError(
-            f"`{caller}(..., score={score!r})` expects a score such as `prune.magnitude(1)`; make "
-            "one of a function with `prune.Score(lambda state, params: ...)`."
-        )
-    if scope not in SCOPES:
-        raise ValueError(
-            f'`{caller}(..., scope={scope!r})`: `scope` is "global" (all leaves are ranked '
-            'together) or "layer" (each leaf loses the same fraction).'
-        )
-    if not isinstance(pattern, Pattern):
-        raise TypeError(
-            f"`{caller}(..., pattern={pattern!r})` expects a pattern such as "
-            "`prune.Unstructured()` or `prune.NM(2, 4)`."
-        )
-    if callable(sparsity) or isinstance(sparsity, Tracer):
-        return
-    if jnp.ndim(sparsity) != 0 or not 0 <= float(sparsity) < 1:
-        raise ValueError(
-            f"`{caller}(sparsity={sparsity})` expects the fraction of weights to prune, in [0, 1)."
-        )
-    if float(sparsity) > pattern.share * (1 + 1e-6):
-        raise ValueError(
-            f"`{caller}(sparsity={sparsity}, pattern={pattern})`: the pattern prunes at most "
-            f"a fraction of {pattern.share:.6g}."
-        )
-
-
-def ranked(score: Score, state: PyTree, weights: PyTree, *, caller: str) -> list[jax.Array]:
-    """The scores of the chosen weights, in order."""
-    weights = jax.lax.stop_gradient(weights)
-    scores = score.rank(state, weights)
-    known = [leaf for _, leaf in trees.items(weights)]
-    found = jax.tree.leaves(scores)
-    alike = jax.tree.structure(scores) == jax.tree.structure(weights) and all(
-        jnp.shape(s) == jnp.shape(w) and jnp.issubdtype(jnp.result_type(s), jnp.floating)
-        for s, w in zip(found, known, strict=True)
-    )
-    if not alike:
-        raise ValueError(
-            f"`{caller}(..., score=...)`: `score.rank(state, params)` must give an array of floats "
-            "for each weight, in a tree of the same structure. It gave "
-            f"{jax.tree.map(jnp.shape, scores)} for {jax.tree.map(jnp.shape, weights)}."
-        )
-    return [jnp.asarray(s) for s in found]
-
-
-def choose(
-    scores: Sequence[jax.Array],
-    sparsity: jax.typing.ArrayLike,
-    *,
-    pattern: Pattern,
-    scope: str,
-    axes: Sequence[int],
-) -> list[jax.Array]:
-    """The masks, given the scores."""
-    units = [pattern.units(score, axis) for score, axis in zip(scores, axes, strict=True)]
-    sizes = [unit.size for unit in units]
-    together = scope == "global"
-    lowest = _lowest(sparsity, pattern.share, [sum(sizes)] if together else sizes)
-    kept = _threshold.keep(_threshold.common(units), lowest, together=together)
-    triples = zip(kept, scores, axes, strict=True)
-    return [pattern.spread(mask, score, axis) for mask, score, axis in triples]
-
-
-def _lowest(sparsity: Any, share: float, sizes: Sequence[int]) -> _wide.Wide:
-    """How many of so many units go."""
-    if isinstance(sparsity, Tracer):
-        fraction = jnp.clip(sparsity.astype(jnp.float32) / share, 0.0, 1.0)
-        return _wide.shares(fraction, sizes)
-    fraction = min(max(float(sparsity) / share, 0.0), 1.0)
-    return _wide.wide([round(fraction * size) for size in sizes])
+    skipped = skipped or {}
+    rows = {}
+    for path, mask in trees.items(masks):
+        if not is_dense(mask):
+            rows[path] = Kept(int(np.count_nonzero(mask)), int(np.size(mask)))
+        elif path in skipped:
+            rows[path] = Kept(1, 1, skipped[path])
+    return rows
 
 
 def is_dense(mask: Any) -> bool:

@@ -6,6 +6,7 @@ and from which leaves, is the scope's affair; which units, the score's.
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,11 @@ class Pattern(abc.ABC):
     @abc.abstractmethod
     def along_inputs(self) -> bool:
         """Whether units lie along `axis`; if not, `axis` does not matter."""
+
+    @property
+    def steps(self) -> Sequence[tuple["Pattern", float]]:
+        """Patterns to apply one after another, each with the part of the sparsity it reaches."""
+        return ((self, 1.0),)
 
     @abc.abstractmethod
     def misfit(self, shape: tuple[int, ...], axis: int) -> str | None:

@@ -26,12 +26,17 @@ def _unchanged(updates: PyTree, state: PyTree, params: PyTree, **extra_args: Any
     return state
 
 
+def _as_kept(state: PyTree, params: PyTree, **extra_args: Any) -> PyTree:
+    return state
+
+
 class Score(NamedTuple):
     """How much each weight matters, in the manner of an optax transformation.
 
     All trees hold the weights that may be pruned, as plain arrays, and `optax.MaskedNode` (which
     `jax.tree.map` passes over) in place of the other leaves. `sparsify` keeps the state in its own,
-    calls `update` at every step and `rank` when masks are due; `masks` calls `init` and `rank`.
+    calls `update` at every step, and `observe` and `rank` when masks are due; `masks` calls `init`,
+    `observe` and `rank`.
 
     Attributes:
       rank: `rank(state, params)` gives floats, shaped like the weights. NaN ranks above all
@@ -39,7 +44,11 @@ class Score(NamedTuple):
         the mark that `sparsify` itself puts on what is pruned already.
       init: `init(params)` gives the state, arrays only; `()` for a score that needs none.
       update: `update(updates, state, params, **extra_args)` gives the next state; `updates` are
-        those that reach `sparsify` in its chain, and extra arguments are those of the chain.
+        those that reach `sparsify`, and extra arguments are those of the chain. Inside
+        `sparsify(..., inner=tx)` the updates are gradients, and extra arguments have them as `grad`
+        and the state of `tx` as `inner_state`.
+      observe: `observe(state, params, **extra_args)` gives what `rank` gets as its state, for what
+        is of this step alone and need not be kept. `sparsify` adds `steps`, their number so far.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -54,6 +63,7 @@ class Score(NamedTuple):
     rank: Callable[[PyTree, PyTree], PyTree]
     init: Callable[[PyTree], PyTree] = _nothing
     update: Callable[..., PyTree] = _unchanged
+    observe: Callable[..., PyTree] = _as_kept
 
 
 def magnitude(p: float = 1) -> Score:

@@ -79,33 +79,63 @@ def selection_of(params: PyTree, chosen: list[bool]) -> Selection:
     return Selection(tuple(p for p, _ in items), [leaf for _, leaf in items], chosen, treedef)
 
 
-def input_axes(
-    selection: Selection, pattern: Pattern, sites: Sequence[Site] | None, *, caller: str
-) -> list[int]:
+def fitted(
+    selection: Selection,
+    pattern: Pattern,
+    sites: Sequence[Site] | None,
+    *,
+    caller: str,
+    skip: bool = False,
+) -> tuple[Selection, list[int]]:
     """The axis of each chosen weight that its products sum over, counted from the end.
 
+    With `skip` the selection is left without the weights that do not fit.
+
     Raises:
-      ValueError: if `sites` does not tell it, or the pattern does not fit a weight; names all of
-        them.
+      ValueError: if `sites` does not tell an axis, or the pattern does not fit a weight; names all
+        of them. With `skip`, if nothing fits.
     """
-    axes, wrong = [], []
+    axes, found = _fits(selection, pattern, sites)
+    wrong = {i: reason for i, reason in enumerate(found) if reason}
+    if wrong and not (skip and len(wrong) < len(axes)):
+        paths = selection.chosen_paths
+        raise ValueError(
+            f"`{caller}(..., pattern={pattern})` does not fit {len(wrong)} of {len(axes)} "
+            + "weights:\n"
+            + "\n".join(f"  `{paths[i]}`: {reason}" for i, reason in wrong.items())
+            + "\nLeave them out with `where=`, choose another pattern, or leave them dense with "
+            '`unfit="skip"` (`prune.misfits` says which). '
+            "`sites=jopt.sites(apply, params, *inputs)` says along which axis the inputs lie."
+        )
+    if wrong:
+        places = [place for place, mine in enumerate(selection.chosen) if mine]
+        out = {places[i] for i in wrong}
+        chosen = [mine and i not in out for i, mine in enumerate(selection.chosen)]
+        selection = selection._replace(chosen=chosen)
+    return selection, [axis for i, axis in enumerate(axes) if i not in wrong]
+
+
+def reasons(selection: Selection, pattern: Pattern, sites: Sequence[Site] | None) -> dict[str, str]:
+    """Why the pattern does not fit, by the path of each weight that it does not fit."""
+    found = _fits(selection, pattern, sites)[1]
+    pairs = zip(selection.chosen_paths, found, strict=True)
+    return {path: reason for path, reason in pairs if reason}
+
+
+# Helpers, in order of use.
+
+
+def _fits(
+    selection: Selection, pattern: Pattern, sites: Sequence[Site] | None
+) -> tuple[list[int], list[str | None]]:
+    axes, found = [], []
     for path, weight in zip(selection.chosen_paths, selection.chosen_weights, strict=True):
         axis, reason = -2, None
         if pattern.along_inputs and sites is not None:
             axis, reason = _summed(sites, path, jnp.shape(weight))
-        reason = reason or pattern.misfit(jnp.shape(weight), axis)
         axes.append(axis)
-        if reason:
-            wrong.append(f"  `{path}`: {reason}")
-    if wrong:
-        raise ValueError(
-            f"`{caller}(..., pattern={pattern})` does not fit {len(wrong)} of {len(axes)} "
-            + "weights:\n"
-            + "\n".join(wrong)
-            + "\nLeave them out with `where=`, or choose another pattern. "
-            "`sites=jopt.sites(apply, params, *inputs)` says along which axis the inputs lie."
-        )
-    return axes
+        found.append(reason or pattern.misfit(jnp.shape(weight), axis))
+    return axes, found
 
 
 def _summed(sites: Sequence[Site], path: str, shape: tuple[int, ...]) -> tuple[int, str | None]:

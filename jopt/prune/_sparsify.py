@@ -1,23 +1,23 @@
 """Pruning while training: gradient transformations whose updates land on masked weights."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
 
 from jopt import trees
 from jopt.trace import Site
 
-from . import _masks, _packed
-from ._masks import MAGNITUDE, UNSTRUCTURED
+from . import _landing, _masks, _packed
+from ._choice import MAGNITUDE, UNSTRUCTURED, Choice, Plan, ranked
 from ._packed import Packed
 from ._patterns import Pattern
+from ._scopes import Level, Policy
 from ._scores import Score
-from ._select import Selection, input_axes, select, selection_of
+from ._select import Selection, selection_of
 
 PyTree = Any
 
@@ -26,9 +26,10 @@ class SparsifyState(NamedTuple):
     """State of `sparsify`."""
 
     step: jax.Array  # int32, updates so far
-    sparsity: jax.Array  # float32, what the masks were last made for
+    sparsity: jax.Array  # float32, what the masks were last made for; of a policy, one for each row
     masks: Packed  # one bit a weight
     score: PyTree  # the score's own state
+    inner: PyTree = ()  # the state of the optimizer inside, if there is one
 
 
 class HoldState(NamedTuple):
@@ -38,7 +39,7 @@ class HoldState(NamedTuple):
 
 
 def sparsify(
-    sparsity: jax.typing.ArrayLike | optax.Schedule,
+    sparsity: Level | Policy,
     *,
     score: Score = MAGNITUDE,
     pattern: Pattern = UNSTRUCTURED,
@@ -46,6 +47,9 @@ def sparsify(
     where: trees.Where | None = None,
     every: int | jax.Array = 1,
     sites: Sequence[Site] | None = None,
+    unfit: str = "error",
+    regrow: bool = False,
+    inner: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes while training: LAST in the chain, it makes `optax.apply_updates` land on zeros.
 
@@ -60,15 +64,28 @@ def sparsify(
     at which masks grow only bits are read. A weight that is NaN or infinite before it is pruned
     cannot be brought to zero by an addition; `apply_masks` can.
 
+    With `inner=tx` it stands around the optimizer instead of behind it. That is for scores that
+    need gradients (what reaches the end of a chain are updates) and second moments; and the
+    optimizer then never sees a pruned weight: its gradient, its moments and its value are zero to
+    it. So global norms and trust ratios are those of the sparse model, the averages of
+    `optax.contrib.schedule_free` are sparse too, and what comes back starts afresh. Gradient
+    transformations that the score should see the effect of (clipping, accumulation) go before it.
+
     Args:
       sparsity: the fraction of weights to prune, in [0, 1), or a schedule of the step that gives it
-        (`jopt.schedules.cubic_sparsity`, `steps_sparsity`).
+        (`jopt.schedules.cubic_sparsity`, `steps_sparsity`); or a policy, as of `masks`, a list of
+        `(where, fraction or schedule)`.
       score: how much each weight matters.
       pattern: which weights may only go together.
-      scope: `"global"` or `"layer"`, as of `masks`.
+      scope: `"global"`, `"layer"`, `"uniform"` or `"erk"`, as of `masks`.
       where: the leaves to prune; by default those with two axes or more.
       every: steps between looks at the weights, at least 1.
       sites: from `jopt.sites`, as of `masks`.
+      unfit: `"error"` or `"skip"`, as of `masks`.
+      regrow: choose the masks anew at each look, so that pruned weights may come back (at zero),
+        and follow a schedule that falls. For scores that pruned weights can win by: `movement`,
+        `taylor` with `straight_through` in the loss, a random one, or any at sparsity 0.
+      inner: an optimizer to wrap.
 
     Returns:
       A gradient transformation with state `SparsifyState`; `masks_of` reads the masks from any
@@ -93,51 +110,11 @@ def sparsify(
       weights still receive gradient updates; here they do not.
     """
     caller = "prune.sparsify"
-    _masks.check(sparsity, score, pattern, scope, caller=caller)
+    choice = Choice(pattern, scope, where, sites, unfit, caller)
+    choice.check(sparsity, score)
     if not isinstance(every, Tracer) and every < 1:
         raise ValueError(f"`{caller}(..., every={every})` expects a number of steps, at least 1.")
-
-    def init(params: PyTree) -> SparsifyState:
-        step, reached = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)
-        if not jax.tree.leaves(params):
-            return SparsifyState(step, reached, _packed.placeholder(params), score.init(params))
-        selection = select(params, where, caller=caller)
-        input_axes(selection, pattern, sites, caller=caller)
-        scoring = score.init(selection.weights(params))
-        return SparsifyState(step, reached, _packed.blank(params, selection), scoring)
-
-    def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, SparsifyState]:
-        params = _needed(params, caller)
-        if not jax.tree.leaves(params):
-            return updates, state
-        selection = select(params, where, caller=caller)
-        weights = selection.weights(params)
-        scoring = score.update(selection.weights(updates), state.score, weights, **extra_args)
-        target = sparsity(state.step) if callable(sparsity) else sparsity
-        aim = jnp.asarray(target).astype(jnp.float32)
-        due = (state.step % every == 0) & (aim > state.sparsity)
-        before = _packed.words_of(state.masks, selection)
-
-        def grow() -> list[jax.Array]:
-            axes = input_axes(selection, pattern, sites, caller=caller)
-            scores = _masks.ranked(score, scoring, weights, caller=caller)
-            gone = _pruned(before, selection)
-            lowered = [jnp.where(g, -jnp.inf, s) for g, s in zip(gone, scores, strict=True)]
-            kept = _masks.choose(lowered, target, pattern=pattern, scope=scope, axes=axes)
-            return [_packed.pack(g | ~k) for g, k in zip(gone, kept, strict=True)]
-
-        words = jax.lax.cond(due, grow, lambda: before)
-        state = SparsifyState(
-            step=jnp.asarray(optax.safe_increment(state.step)),
-            sparsity=jnp.where(due, aim, state.sparsity),
-            masks=_packed.with_words(state.masks, selection, words),
-            score=scoring,
-        )
-        return _landed(updates, words, selection), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return gradual(choice, sparsity, score, every, inner, "anew" if regrow else "grow")
 
 
 def hold(masks: PyTree) -> optax.GradientTransformationExtraArgs:
@@ -187,46 +164,94 @@ def hold(masks: PyTree) -> optax.GradientTransformationExtraArgs:
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, HoldState]:
-        params = _needed(params, caller)
+        params = _landing.needed(params, caller)
         if not jax.tree.leaves(params):
             return updates, state
         selection, _ = selected(params)
-        return _landed(updates, _packed.words_of(state.masks, selection), selection), state
+        gone = _landing.pruned(_packed.words_of(state.masks, selection), selection)
+        return _landing.landed(updates, gone, selection), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _needed(params: PyTree | None, caller: str) -> PyTree:
-    if params is None:
-        raise ValueError(
-            f"`{caller}(...)` acts on weights: call `update(updates, state, params)` with `params`."
+def gradual(
+    choice: Choice,
+    sparsity: Any,
+    score: Score,
+    every: int | jax.Array,
+    inner: optax.GradientTransformation | None,
+    mode: Literal["grow", "anew", "phases"],
+) -> optax.GradientTransformationExtraArgs:
+    """`sparsify` with masks that only grow, or new ones at each look, or as sparsity changes."""
+    wrapped = None if inner is None else optax.with_extra_args_support(inner)
+
+    def init(params: PyTree) -> SparsifyState:
+        step, reached = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)
+        within = () if wrapped is None else wrapped.init(params)
+        if not jax.tree.leaves(params):
+            words = _packed.placeholder(params)
+            return SparsifyState(step, reached, words, score.init(params), within)
+        plan = choice.plan(params, sparsity)
+        if len(plan.parts) > 1:
+            reached = jnp.zeros([len(plan.parts)], jnp.float32)
+        scoring = score.init(plan.selection.weights(params))
+        words = _packed.blank(params, plan.selection)
+        return SparsifyState(step, reached, words, scoring, within)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, SparsifyState]:
+        params = _landing.needed(params, choice.caller)
+        if not jax.tree.leaves(params):
+            return updates, state
+        plan = choice.plan(params, sparsity)
+        selection = plan.selection
+        weights = selection.weights(params)
+        seen = extra_args
+        if wrapped is not None:
+            seen = {**extra_args, "grad": updates, "inner_state": state.inner}
+        scoring = score.update(selection.weights(updates), state.score, weights, **seen)
+        targets = [p.sparsity(state.step) if callable(p.sparsity) else p.sparsity
+                   for p in plan.parts]  # fmt: skip
+        aims = [jnp.asarray(target).astype(jnp.float32) for target in targets]
+        aim = jnp.stack(aims) if state.sparsity.ndim else aims[0]
+        risen, changed = aim > state.sparsity, aim != state.sparsity
+        moved = {"grow": risen, "anew": changed | (aim > 0), "phases": changed}[mode]
+        due = (state.step % every == 0) & jnp.any(moved)
+        before = _packed.words_of(state.masks, selection)
+
+        def look() -> list[jax.Array]:
+            statistics = score.observe(scoring, weights, **seen, steps=state.step)
+            scores = ranked(score, statistics, weights, caller=choice.caller)
+            if mode != "grow":
+                return [_packed.pack(~kept) for kept in plan.choose(scores, targets)]
+            return _grown(before, scores, targets, plan)
+
+        words = jax.lax.cond(due, look, lambda: before)
+        gone = _landing.pruned(words, selection)
+        within = state.inner
+        if wrapped is not None:
+            updates, within = _landing.stepped(
+                wrapped, updates, within, params, gone, selection, extra_args
+            )
+        reached = jnp.maximum(aim, state.sparsity) if mode == "grow" else aim
+        state = SparsifyState(
+            step=jnp.asarray(optax.safe_increment(state.step)),
+            sparsity=jnp.where(due, reached, state.sparsity),
+            masks=_packed.with_words(state.masks, selection, words),
+            score=scoring,
+            inner=within,
         )
-    return params
+        return _landing.landed(updates, gone, selection), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _pruned(words: Sequence[jax.Array], selection: Selection) -> list[jax.Array]:
-    """Booleans from bits, shaped like the chosen weights."""
-    pruned = []
-    for word, weight in zip(words, selection.chosen_weights, strict=True):
-        axis = _packed.packed_axis(jnp.shape(weight))
-        pruned.append(_packed.unpack(word, axis, jnp.shape(weight)[axis]))
-    return pruned
-
-
-def _landed(updates: PyTree, words: Sequence[jax.Array], selection: Selection) -> PyTree:
-    """Updates that bring pruned weights to zero exactly."""
-    landed = []
-    leaves = selection.treedef.flatten_up_to(updates)
-    own = iter(zip(_pruned(words, selection), selection.chosen_weights, strict=True))
-    for leaf, mine in zip(leaves, selection.chosen, strict=True):
-        if mine:
-            pruned, weight = next(own)
-            update = trees.weight_of(leaf)
-            dtype = update.dtype
-            if dtype != weight.dtype:
-                # One that holds the weight exactly, or the sum would miss zero.
-                dtype = np.promote_types(np.promote_types(dtype, np.float32), weight.dtype)
-            update = jnp.where(pruned, -weight.astype(dtype), update.astype(dtype))
-            leaf = trees.with_weight(leaf, update)
-        landed.append(leaf)
-    return selection.treedef.unflatten(landed)
+def _grown(
+    before: Sequence[jax.Array], scores: Sequence[jax.Array], targets: Sequence[Any], plan: Plan
+) -> list[jax.Array]:
+    """Masks that keep what is pruned and add the lowest of the rest."""
+    gone = _landing.pruned(before, plan.selection)
+    lowered = [jnp.where(g, -jnp.inf, s) for g, s in zip(gone, scores, strict=True)]
+    kept = plan.choose(lowered, targets)
+    return [_packed.pack(g | ~k) for g, k in zip(gone, kept, strict=True)]

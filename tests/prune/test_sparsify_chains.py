@@ -28,6 +28,8 @@ OPTIMIZERS = {
     "lion": lambda: optax.lion(0.1),
     "rmsprop": lambda: optax.rmsprop(0.1),
     "lamb": lambda: optax.lamb(0.1),
+    "muon": lambda: optax.contrib.muon(0.1),
+    "schedule_free": lambda: optax.contrib.schedule_free(optax.sgd(0.1), 0.1),
     "clipped": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)),
 }
 
@@ -92,7 +94,7 @@ def test_tree_map_params(name):
     state = tx.init(params)
     same = optax.tree_map_params(tx, lambda x: x, state)
     assert jax.tree.structure(same) == jax.tree.structure(state)
-    if name not in ("masked", "adafactor"):  # which leave out parameters
+    if name not in ("masked", "adafactor", "muon"):  # which leave out parameters
         ranks = jax.tree.map(jnp.ndim, params)
         specs = optax.tree_map_params(
             tx, lambda x, rank: x.ndim == rank, state, ranks, transform_non_params=lambda x: True

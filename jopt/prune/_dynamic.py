@@ -1,0 +1,328 @@
+"""Dynamic sparse training: masks of a fixed number of weights that move while training goes on.
+
+An optimizer is wrapped; it never sees a pruned weight (`_landing.stepped`), so one that comes back
+starts from zero with fresh moments, whatever the optimizer keeps.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jopt import trees
+from jopt.trace import Site
+
+from . import _landing, _packed, _threshold, _wide
+from ._choice import MAGNITUDE, UNSTRUCTURED, Choice, Plan, ranked
+from ._packed import Packed
+from ._patterns import Pattern
+from ._scopes import Policy
+from ._scores import random
+
+PyTree = Any
+Grow = Callable[[list[jax.Array], list[str], jax.Array], list[jax.Array]]
+
+
+class Moves(NamedTuple):
+    """When masks move, how far, and what decides where to."""
+
+    every: int
+    until: int | None
+    share: Callable[[jax.Array], jax.Array]  # of the step: the share of weights that moves
+    grow: Grow  # of gradients, paths and the step: the score of what may come back
+
+
+class DynamicState(NamedTuple):
+    """State of `rigl`, `set` and `static`."""
+
+    step: jax.Array  # int32, updates so far
+    masks: Packed  # one bit a weight
+    inner: PyTree  # the state of the optimizer inside
+
+
+def rigl(
+    sparsity: float | Policy,
+    *,
+    inner: optax.GradientTransformation,
+    until: int,
+    key: jax.Array,
+    every: int = 100,
+    drop: float = 0.3,
+    scope: str = "erk",
+    pattern: Pattern = UNSTRUCTURED,
+    where: trees.Where | None = None,
+    sites: Sequence[Site] | None = None,
+    unfit: str = "error",
+) -> optax.GradientTransformationExtraArgs:
+    """Trains a sparse network whose weights move to where the gradient is largest.
+
+    Masks start at random. At steps `every`, 2·`every`, ... below `until` each leaf loses the share
+
+        f(t) = drop / 2 · (1 + cos(π t / until))
+
+    of its weights, those of least magnitude, and gains as many, those of the largest gradient among
+    all that are then pruned. A weight that comes back is zero, and so are its moments. The number
+    of weights in a leaf never changes.
+
+    The first step begins from the parameters as they are, dense ones maybe, and lands on the masks;
+    `prune.apply_masks(params, prune.masks_of(tx.init(params)))` starts sparse. Put clipping and
+    accumulation before it in a chain, and nothing behind it.
+
+    Args:
+      sparsity: the fraction of weights to prune, in [0, 1), or a policy of numbers, as of `masks`.
+      inner: the optimizer.
+      until: the step from which masks stay; three quarters of the training in the paper.
+      key: for the first masks.
+      every: steps between moves, at least 1.
+      drop: the share that moves at first, in [0, 1].
+      scope: `"erk"`, `"uniform"` or `"layer"`.
+      pattern: `Unstructured()`, or one of whole units: `Block`, `Channel`.
+      where: the leaves to prune; by default those with two axes or more.
+      sites: from `jopt.sites`, as of `masks`.
+      unfit: `"error"` or `"skip"`, as of `masks`.
+
+    Returns:
+      A gradient transformation with state `DynamicState`; `masks_of` reads the masks.
+
+    Raises:
+      ValueError: as `masks` does; for `every` below 1 or `drop` outside [0, 1]; for a `scope`
+        or a `pattern` that leaves the number of a leaf's weights open.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from jopt import prune
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8)), "bias": jnp.zeros(8)}
+      >>> tx = prune.rigl(0.75, inner=optax.sgd(0.1), until=75, every=10, key=jax.random.key(1))
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> int((optax.apply_updates(params, updates)["kernel"] != 0).sum())
+      16
+
+    Note:
+      In the paper a step at which masks move makes no update. Here it does, as weights that stay
+      have a gradient like any other.
+
+    References:
+      Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets Winners", 2019,
+      arXiv 1911.11134.
+    """
+    choice = _dynamic("prune.rigl", pattern, scope, where, sites, unfit, every, drop)
+    if until < 1:
+        raise ValueError(f"`prune.rigl(..., until={until})` expects a number of steps, at least 1.")
+
+    def share(step: jax.Array) -> jax.Array:
+        angle = np.float32(np.pi) * step.astype(jnp.float32) / np.float32(until)
+        return np.float32(drop) / 2 * (1 + jnp.cos(angle))
+
+    def grow(grads: list[jax.Array], paths: list[str], step: jax.Array) -> list[jax.Array]:
+        return [jnp.abs(grad) for grad in grads]
+
+    return _moving(choice, sparsity, inner, key, Moves(every, until, share, grow))
+
+
+def set(
+    sparsity: float | Policy,
+    *,
+    inner: optax.GradientTransformation,
+    key: jax.Array,
+    until: int | None = None,
+    every: int = 100,
+    drop: float = 0.3,
+    scope: str = "erk",
+    pattern: Pattern = UNSTRUCTURED,
+    where: trees.Where | None = None,
+    sites: Sequence[Site] | None = None,
+    unfit: str = "error",
+) -> optax.GradientTransformationExtraArgs:
+    """Trains a sparse network whose weights move at random (sparse evolutionary training).
+
+    As `rigl`, but each move takes the same share `drop` of a leaf's weights, those of least
+    magnitude, and gains as many at random.
+
+    Args:
+      sparsity: the fraction of weights to prune, in [0, 1), or a policy of numbers, as of `masks`.
+      inner: the optimizer.
+      key: for the first masks and for what comes back.
+      until: the step from which masks stay; `None`: never.
+      every: steps between moves, at least 1.
+      drop: the share that moves, in [0, 1].
+      scope, pattern, where, sites, unfit: as of `rigl`.
+
+    Returns:
+      A gradient transformation with state `DynamicState`; `masks_of` reads the masks.
+
+    Raises:
+      ValueError: as `rigl` does.
+
+    References:
+      Mocanu, Mocanu, Stone, Nguyen, Gibescu, Liotta, "Scalable Training of Artificial Neural
+      Networks with Adaptive Sparse Connectivity inspired by Network Science", 2017,
+      arXiv 1707.04780.
+    """
+    choice = _dynamic("prune.set", pattern, scope, where, sites, unfit, every, drop)
+
+    def grow(grads: list[jax.Array], paths: list[str], step: jax.Array) -> list[jax.Array]:
+        own = jax.random.fold_in(key, step)
+        return [
+            jax.random.uniform(jax.random.fold_in(own, zlib.crc32(path.encode())), grad.shape)
+            for path, grad in zip(paths, grads, strict=True)
+        ]
+
+    def share(step: jax.Array) -> jax.Array:
+        return jnp.full((), drop, jnp.float32)
+
+    return _moving(choice, sparsity, inner, key, Moves(every, until, share, grow))
+
+
+def static(
+    sparsity: float | Policy,
+    *,
+    inner: optax.GradientTransformation,
+    key: jax.Array,
+    scope: str = "erk",
+    pattern: Pattern = UNSTRUCTURED,
+    where: trees.Where | None = None,
+    sites: Sequence[Site] | None = None,
+    unfit: str = "error",
+) -> optax.GradientTransformationExtraArgs:
+    """Trains a sparse network on random masks that never change: what `rigl` is measured against.
+
+    Args:
+      sparsity: the fraction of weights to prune, in [0, 1), or a policy of numbers, as of `masks`.
+      inner: the optimizer.
+      key: for the masks.
+      scope, pattern, where, sites, unfit: as of `rigl`.
+
+    Returns:
+      A gradient transformation with state `DynamicState`; `masks_of` reads the masks.
+
+    Raises:
+      ValueError: as `rigl` does.
+    """
+    choice = _dynamic("prune.static", pattern, scope, where, sites, unfit)
+    return _moving(choice, sparsity, inner, key, None)
+
+
+# Helpers, in order of use.
+
+
+def _dynamic(
+    caller: str,
+    pattern: Pattern,
+    scope: str,
+    where: trees.Where | None,
+    sites: Sequence[Site] | None,
+    unfit: str,
+    every: int = 1,
+    drop: float = 0.0,
+) -> Choice:
+    if scope == "global":
+        raise ValueError(
+            f'`{caller}(..., scope="global")`: each leaf keeps the number of its weights, so how '
+            'many must be settled by "erk", "uniform" or "layer", or by a policy of sparsities.'
+        )
+    if isinstance(pattern, Pattern) and (pattern.share < 1 or len(pattern.steps) > 1):
+        raise ValueError(
+            f"`{caller}(..., pattern={pattern})`: units come and go as a whole, so the pattern is "
+            "`Unstructured()`, `Block(shape)` or `Channel(axis)`."
+        )
+    if every < 1 or not 0 <= drop <= 1:
+        raise ValueError(
+            f"`{caller}(..., every={every}, drop={drop})` expects a number of steps, at least 1, "
+            "and a share in [0, 1]."
+        )
+    return Choice(pattern, scope, where, sites, unfit, caller)
+
+
+def _moving(
+    choice: Choice,
+    sparsity: Any,
+    inner: optax.GradientTransformation,
+    key: jax.Array,
+    moves: Moves | None,
+) -> optax.GradientTransformationExtraArgs:
+    choice.check(sparsity, MAGNITUDE)
+    wrapped = optax.with_extra_args_support(inner)
+
+    def init(params: PyTree) -> DynamicState:
+        step = jnp.zeros([], jnp.int32)
+        if not jax.tree.leaves(params):
+            return DynamicState(step, _packed.placeholder(params), wrapped.init(params))
+        plan = choice.plan(params, sparsity)
+        weights = plan.selection.weights(params)
+        scores = ranked(random(key), (), weights, caller=choice.caller)
+        kept = plan.choose(scores, [part.sparsity for part in plan.parts])
+        words = [_packed.pack(~mask) for mask in kept]
+        packed = _packed.with_words(_packed.blank(params, plan.selection), plan.selection, words)
+        return DynamicState(step, packed, wrapped.init(params))
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, DynamicState]:
+        params = _landing.needed(params, choice.caller)
+        if not jax.tree.leaves(params):
+            return updates, state
+        plan = choice.plan(params, sparsity)
+        selection = plan.selection
+        words = _packed.words_of(state.masks, selection)
+        if moves is not None:
+            grads = jax.tree.leaves(selection.weights(updates))
+            words = _next(moves, plan, words, grads, state.step)
+        gone = _landing.pruned(words, selection)
+        updates, within = _landing.stepped(
+            wrapped, updates, state.inner, params, gone, selection, extra_args
+        )
+        step = jnp.asarray(optax.safe_increment(state.step))
+        packed = _packed.with_words(state.masks, selection, words)
+        return _landing.landed(updates, gone, selection), DynamicState(step, packed, within)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _next(
+    moves: Moves, plan: Plan, words: list[jax.Array], grads: list[jax.Array], step: jax.Array
+) -> list[jax.Array]:
+    """The words of the masks at this step."""
+    selection = plan.selection
+
+    def move() -> list[jax.Array]:
+        gained = moves.grow(grads, selection.chosen_paths, step)
+        gone = _landing.pruned(words, selection)
+        return [_packed.pack(g) for g in _moved(plan, gone, moves.share(step), gained)]
+
+    due = (step % moves.every == 0) & (step > 0)
+    if moves.until is not None:
+        due &= step < moves.until
+    return jax.lax.cond(due, move, lambda: words)
+
+
+def _moved(
+    plan: Plan, gone: list[jax.Array], share: jax.Array, gained: list[jax.Array]
+) -> list[jax.Array]:
+    """What is pruned after a move; leaf by leaf as much as before."""
+    pattern, axes, weights = plan.pattern, plan.axes, plan.selection.chosen_weights
+    stay, best, lowest, top = [], [], [], []
+    for mask, weight, score, axis in zip(gone, weights, gained, axes, strict=True):
+        size = jnp.abs(jax.lax.stop_gradient(weight))
+        units = pattern.units(jnp.where(mask, -jnp.inf, size), axis)
+        active = jnp.sum(pattern.units(jnp.where(mask, -jnp.inf, 0.0), axis) == 0, dtype=np.uint32)
+        moves = jnp.round(share * active.astype(jnp.float32)).astype(jnp.uint32)
+        # A gradient that is no number is no reason to grow.
+        score = jnp.where(jnp.isnan(score), -1, score.astype(jnp.float32))
+        stay.append(units)
+        best.append(pattern.units(score, axis))
+        lowest.append(np.uint32(units.size) - active + moves)
+        top.append(np.uint32(units.size) - moves)
+    kept = _keep(stay, lowest)
+    rest = [jnp.where(keep, -jnp.inf, score) for keep, score in zip(kept, best, strict=True)]
+    new = [keep | grown for keep, grown in zip(kept, _keep(rest, top), strict=True)]
+    quads = zip(new, weights, axes, strict=True)
+    return [~pattern.spread(keep, weight, axis) for keep, weight, axis in quads]
+
+
+def _keep(scores: list[jax.Array], lowest: list[jax.Array]) -> list[jax.Array]:
+    wide = _wide.widen(jnp.stack(lowest))
+    return _threshold.keep(_threshold.common(scores), wide, together=False)

@@ -1,0 +1,132 @@
+"""Updates that land on zeros, and an optimizer inside that never sees what is pruned."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jopt import trees
+
+from . import _packed
+from ._select import Selection
+
+PyTree = Any
+
+
+def needed(params: PyTree | None, caller: str) -> PyTree:
+    """The parameters, or an error that asks for them."""
+    if params is None:
+        raise ValueError(
+            f"`{caller}(...)` acts on weights: call `update(updates, state, params)` with `params`."
+        )
+    return params
+
+
+def pruned(words: Sequence[jax.Array], selection: Selection) -> list[jax.Array]:
+    """Booleans from bits, shaped like the chosen weights."""
+    found = []
+    for word, weight in zip(words, selection.chosen_weights, strict=True):
+        axis = _packed.packed_axis(jnp.shape(weight))
+        found.append(_packed.unpack(word, axis, jnp.shape(weight)[axis]))
+    return found
+
+
+def landed(updates: PyTree, gone: Sequence[jax.Array], selection: Selection) -> PyTree:
+    """Updates that bring pruned weights to zero exactly."""
+    found = []
+    leaves = selection.treedef.flatten_up_to(updates)
+    own = iter(zip(gone, selection.chosen_weights, strict=True))
+    for leaf, mine in zip(leaves, selection.chosen, strict=True):
+        if mine:
+            zero, weight = next(own)
+            update = trees.weight_of(leaf)
+            dtype = update.dtype
+            if dtype != weight.dtype:
+                # One that holds the weight exactly, or the sum would miss zero.
+                dtype = np.promote_types(np.promote_types(dtype, np.float32), weight.dtype)
+            update = jnp.where(zero, -weight.astype(dtype), update.astype(dtype))
+            leaf = trees.with_weight(leaf, update)
+        found.append(leaf)
+    return selection.treedef.unflatten(found)
+
+
+def zeroed(tree: PyTree, gone: Sequence[jax.Array], selection: Selection) -> PyTree:
+    """A tree of the parameters' structure with zeros where weights are pruned."""
+    found, own = [], iter(gone)
+    leaves = selection.treedef.flatten_up_to(tree)
+    for leaf, mine in zip(leaves, selection.chosen, strict=True):
+        if mine:
+            array = trees.weight_of(leaf)
+            leaf = trees.with_weight(leaf, jnp.where(next(own), jnp.zeros_like(array), array))
+        found.append(leaf)
+    return selection.treedef.unflatten(found)
+
+
+def forgotten(
+    tx: optax.GradientTransformation,
+    state: PyTree,
+    gone: Sequence[jax.Array],
+    selection: Selection,
+) -> PyTree:
+    """An optimizer's state with zeros where weights are pruned.
+
+    Whatever is shaped like a weight counts: moments, traces, averages, the other sequence of
+    `schedule_free`; also with axes before it, as a history has. Factored statistics stay.
+    """
+    found, own = [], iter(gone)
+    for leaf, mine in zip(selection.leaves, selection.chosen, strict=True):
+        none = jax.tree.map(lambda x: np.zeros((), bool), leaf)
+        found.append(trees.with_weight(none, next(own)) if mine else none)
+
+    def forget(kept: Any, zero: Any) -> Any:
+        zero = trees.weight_of(zero)
+        if _is_masked(kept) or not jnp.ndim(zero):
+            return kept
+        if not jnp.issubdtype(jnp.result_type(kept), jnp.inexact):
+            return kept
+        tail = jnp.shape(kept)[max(jnp.ndim(kept) - jnp.ndim(zero), 0) :]
+        if tail != jnp.shape(zero):
+            return kept
+        shape = (1,) * (jnp.ndim(kept) - jnp.ndim(zero)) + jnp.shape(zero)
+        return jnp.where(zero.reshape(shape), jnp.zeros_like(kept), kept)
+
+    marks = selection.treedef.unflatten(found)
+    try:
+        return optax.tree_utils.tree_map_params(tx, forget, state, marks, is_leaf=_is_masked)
+    except ValueError as error:
+        raise ValueError(
+            "`optax.tree_map_params` cannot tell which parts of this optimizer's state belong to "
+            "which weights, so moments of pruned weights cannot be reset. In place of `inner=` put "
+            f"`prune.sparsify` or `prune.hold` behind it, in `optax.chain`.\n{error}"
+        ) from error
+
+
+def stepped(
+    tx: optax.GradientTransformationExtraArgs,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    gone: Sequence[jax.Array],
+    selection: Selection,
+    extra_args: dict[str, Any],
+) -> tuple[PyTree, PyTree]:
+    """A step of the optimizer inside, as if pruned weights were not there.
+
+    Their gradients, their moments and they themselves are zero to it. So clipping and trust ratios
+    are of what is left, a NaN in a pruned weight's gradient does not spread, and a weight that
+    comes back starts from zero with fresh moments.
+    """
+    state = forgotten(tx, state, gone, selection)
+    return tx.update(
+        zeroed(grads, gone, selection),
+        state,
+        zeroed(params, gone, selection),
+        **extra_args,
+    )
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)

@@ -1,0 +1,119 @@
+"""Lottery tickets: back to an earlier state of training with the masks of a later one."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from jopt import trees
+
+from . import _landing, _masks, _packed
+from ._packed import Packed
+from ._select import Selection, selection_of
+
+PyTree = Any
+
+
+def rewind(
+    tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree, masks: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Takes the masks of a trained network back to an earlier checkpoint of its training.
+
+    Weights are those of the checkpoint, zero where pruned; so are moments and whatever else the
+    optimizer keeps for each weight; counts, and with them schedules, stand where they stood. Masks
+    inside the state (of `sparsify`, `hold`, `rigl`, ...) become the given ones. A pure function:
+    the same checkpoint may be rewound again and again, as iterative pruning does.
+
+    A chain without masks of its own goes on with them as `optax.chain(tx, prune.hold(masks))`, with
+    state `(opt_state, prune.hold(masks).init(params))`.
+
+    Args:
+      tx: the transformation whose state it is.
+      params: the parameters of the checkpoint.
+      opt_state: its optimizer state.
+      masks: a mask tree, such as `masks_of` or `masks` gives.
+
+    Returns:
+      The parameters and the state to train on from.
+
+    Raises:
+      ValueError: if the masks do not fit, or prune a leaf that the masks in the state leave dense.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jopt import prune
+      >>> tx = optax.chain(optax.adam(0.1), prune.sparsify(0.5))
+      >>> start = {"kernel": jnp.array([[1.0, -4.0], [3.0, -2.0]])}
+      >>> trained = {"kernel": jnp.array([[9.0, -4.0], [0.1, -0.2]])}
+      >>> ticket, state = prune.rewind(tx, start, tx.init(start), prune.masks(trained, 0.5))
+      >>> ticket["kernel"]
+      Array([[ 1., -4.],
+             [ 0.,  0.]], dtype=float32)
+
+    References:
+      Frankle, Carbin, "The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks",
+      2018, arXiv 1803.03635. Frankle, Dziugaite, Roy, Carbin, "Linear Mode Connectivity and the
+      Lottery Ticket Hypothesis", 2019, arXiv 1912.05671 (back to an early step, not the first).
+    """
+    found = _masks.aligned(masks, params, caller="rewind")
+    selection = selection_of(params, [not _masks.is_dense(mask) for mask in found])
+    gone = [
+        ~jnp.broadcast_to(mask, jnp.shape(weight))
+        for mask, weight in zip(
+            [mask for mask in found if not _masks.is_dense(mask)],
+            selection.chosen_weights,
+            strict=True,
+        )
+    ]
+    state = _landing.forgotten(tx, opt_state, gone, selection)
+    is_packed = lambda node: isinstance(node, Packed)  # noqa: E731
+    state = jax.tree.map(
+        lambda node: _replaced(node, gone, selection) if is_packed(node) else node,
+        state,
+        is_leaf=is_packed,
+    )
+    return _landing.zeroed(params, gone, selection), state
+
+
+# Helpers, in order of use.
+
+
+def _replaced(packed: Packed, gone: list[jax.Array], selection: Selection) -> Packed:
+    """Other masks in a state; what `optax.masked` left out of it stays out."""
+    rows, own = iter(range(len(packed.layout))), iter(gone)
+    layout = packed.layout
+    known = not isinstance(layout, Tracer)
+    marks = [next(own) if mine else None for mine in selection.chosen]
+    held = selection.treedef.unflatten(
+        [_Mark(p, m) for p, m in zip(selection.paths, marks, strict=True)]
+    )
+
+    def replace(words: Any, mark: Any) -> Any:
+        if isinstance(words, optax.MaskedNode):
+            return words
+        dense = known and not int(layout[next(rows), 1])
+        array = trees.weight_of(words)
+        if isinstance(array, optax.MaskedNode):
+            return words
+        if mark.gone is None:
+            return trees.with_weight(words, jnp.zeros_like(array))
+        if dense:
+            raise ValueError(
+                f"`rewind(...)`: the masks prune `{mark.path}`, which the masks in the state leave "
+                "dense. Give the transformation the same `where=` as the masks."
+            )
+        return trees.with_weight(words, _packed.pack(mark.gone))
+
+    stop = lambda node: isinstance(node, optax.MaskedNode) or trees.is_typed(node)  # noqa: E731
+    return packed._replace(words=jax.tree.map(replace, packed.words, held, is_leaf=stop))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mark:
+    """What is pruned of a leaf, itself one leaf."""
+
+    path: str
+    gone: jax.Array | None
