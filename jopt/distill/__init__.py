@@ -1,5 +1,11 @@
 """Distillation: losses that teach one model what another knows. Student first, teacher second."""
 
+from ._average import MeanTeacherState as MeanTeacherState
+from ._average import mean_teacher as mean_teacher
+from ._average import teacher_of as teacher_of
+from ._cached import TopK as TopK
+from ._cached import cached_kd as cached_kd
+from ._cached import top_k as top_k
 from ._classes import dist as dist
 from ._classes import dkd as dkd
 from ._contrast import Bank as Bank
@@ -16,8 +22,21 @@ from ._features import similarity as similarity
 from ._hard import hard as hard
 from ._hard import mixed as mixed
 from ._hard import sequence as sequence
+from ._head import Head as Head
+from ._head import fused_kd as fused_kd
 from ._logits import js as js
 from ._logits import kd as kd
 from ._logits import reverse_kl as reverse_kl
 from ._logits import standardized_kd as standardized_kd
+from ._pairs import Paired as Paired
+from ._pairs import pairs as pairs
+from ._pairs import projections as projections
 from ._relations import relational as relational
+from ._store import Cache as Cache
+from ._store import CacheWriter as CacheWriter
+from ._store import content_keys as content_keys
+from ._teachers import ensemble as ensemble
+from ._teachers import mutual as mutual
+from ._teachers import succession as succession
+from ._teachers import teacher as teacher
+from ._teachers import virtual_teacher as virtual_teacher

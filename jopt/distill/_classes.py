@@ -134,9 +134,9 @@ def dist(
     )
     own = 1 - _correlation(q, p, -1)
     # All examples in one column, those that do not count at their class's mean.
-    rows = [x.reshape(-1, x.shape[-1]) for x in (q, p)]
+    columns = (x.reshape(-1, x.shape[-1]) for x in (q, p))
     chosen = None if where is None else jnp.reshape(where, (-1, 1))
-    shared = jnp.mean(1 - _correlation(*rows, 0, chosen))
+    shared = jnp.mean(1 - _correlation(*columns, axis=0, where=chosen))
     inter, intra = (jnp.asarray(x, dtype) for x in (inter, intra))
     return reduced(scale**2 * (inter * own + intra * shared), reduction, where)
 
