@@ -118,13 +118,14 @@ def fused_kd(
         raise ValueError(f"`fused_kd(..., chunk={chunk})` expects 1 token or more.")
     leading = jnp.ndim(student) - 1
     flat = lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[leading:]))  # noqa: E731
+    dtype = dtype_of(student, *jax.tree.leaves(head))
     task = _Task(
         jax.tree.map(flat, teacher),
         given,
         None if labels is None else flat(labels),
         None if where is None else flat(where),
-        jnp.asarray(temperature, jnp.float32),
-        jnp.asarray(weight, jnp.float32),
+        jnp.asarray(temperature, dtype),
+        jnp.asarray(weight, dtype),
     )
     task = lax.stop_gradient(task)
     hidden = flat(student)
@@ -150,7 +151,7 @@ def _forward(tokens: int, learned: tuple[jax.Array, Head], task: _Task) -> tuple
 
 def _backward(tokens: int, kept: Any, cotangent: jax.Array) -> tuple[Any, None]:
     del tokens
-    scaled = lambda g: (cotangent * g.astype(jnp.float32)).astype(g.dtype)  # noqa: E731
+    scaled = lambda g: (cotangent * g.astype(cotangent.dtype)).astype(g.dtype)  # noqa: E731
     return jax.tree.map(scaled, kept), None
 
 
@@ -162,10 +163,11 @@ def _pass(
 ) -> tuple[jax.Array, Any]:
     """The loss, and its gradients with respect to what learns or None, chunk by chunk."""
     hidden, head = learned
-    total = len(hidden)
-    share = 1.0 / (jnp.float32(max(total, 1)) if task.where is None else count(task.where, "f4"))
-    zeros = lambda x: jnp.zeros(jnp.shape(x), jnp.float32)  # noqa: E731
-    start = jnp.zeros((), jnp.float32), jax.tree.map(zeros, learned) if gradients else None
+    total, dtype = len(hidden), task.temperature.dtype
+    counted = jnp.asarray(max(total, 1), dtype) if task.where is None else count(task.where, dtype)
+    share = 1 / counted
+    zeros = lambda x: jnp.zeros(jnp.shape(x), dtype)  # noqa: E731
+    start = jnp.zeros((), dtype), jax.tree.map(zeros, learned) if gradients else None
 
     def step(carry: Any, begin: Any, size: int) -> Any:
         loss, slopes = carry
@@ -179,7 +181,7 @@ def _pass(
             task.weight,
         )
         h = _counted(cut(hidden), part.where)
-        more, slope = _chunk(_logits(head, h), part)
+        more, slope = _chunk(_logits(head, h, dtype), part)
         if slopes is not None:
             slopes = _added(slopes, slope * share, h, head, begin)
         return loss + more * share, slopes
@@ -198,19 +200,15 @@ def _counted(x: jax.Array, where: jax.Array | None) -> jax.Array:
     return x if where is None else jnp.where(where[:, None], x, jnp.zeros((), x.dtype))
 
 
-def _logits(head: Head, hidden: jax.Array) -> jax.Array:
-    """`[tokens, classes]` in float32; a typed kernel multiplies by its own rule."""
+def _logits(head: Head, hidden: jax.Array, wide: Any) -> jax.Array:
+    """`[tokens, classes]` in the dtype `wide`; a typed kernel multiplies by its own rule."""
 
     def product(kernel: jax.Array, x: jax.Array) -> jax.Array:
-        dtype = jnp.promote_types(kernel.dtype, x.dtype)
-        summed = ((1,), (1,) if head.tied else (0,))
-        return lax.dot_general(
-            x.astype(dtype), kernel.astype(dtype), (summed, ((), ())),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        return _product(x, kernel, 1, 1 if head.tied else 0)
 
     logits = lift(product, allow_dense=True)(head.kernel, hidden)
-    return logits if head.bias is None else logits + head.bias.astype(jnp.float32)[None]
+    logits = logits.astype(wide)
+    return logits if head.bias is None else logits + head.bias.astype(wide)[None]
 
 
 def _chunk(z: jax.Array, task: _Task) -> tuple[jax.Array, jax.Array]:
@@ -236,13 +234,14 @@ def _chunk(z: jax.Array, task: _Task) -> tuple[jax.Array, jax.Array]:
 
 def _target(log_q: jax.Array, task: _Task) -> tuple[jax.Array, jax.Array]:
     """The soft loss of each token over T², and the distribution that its gradient leads to."""
-    teacher = task.teacher
+    teacher, dtype = task.teacher, task.temperature.dtype
     if not isinstance(teacher, TopK):
         teacher = _counted(teacher, task.where)
-        logits = teacher.astype(jnp.float32) if task.head is None else _logits(task.head, teacher)
+        logits = teacher if task.head is None else _logits(task.head, teacher, dtype)
+        logits = logits.astype(dtype)
         log_p = jax.nn.log_softmax(logits / task.temperature, axis=-1)
         return divergence(log_p, log_q), jnp.exp(log_p)
-    best, indices, tail = safe(teacher, task.where, jnp.float32)
+    best, indices, tail = safe(teacher, task.where, dtype)
     rest = log_rest(log_q, indices)
     log_p = jnp.concatenate([best, tail[:, None]], axis=-1)
     ours = jnp.concatenate([jnp.take_along_axis(log_q, indices, axis=-1), rest[:, None]], axis=-1)
@@ -259,12 +258,8 @@ def _added(
     """The gradients, with those of one chunk of tokens put in or added."""
     hidden, sums = slopes
     # As in the derivative of a product of low precision, operands have its precision.
-    dtype = jnp.promote_types(head.kernel.dtype, h.dtype)
-    narrow, h = slope.astype(dtype), h.astype(dtype)
-    back = lax.dot_general(
-        narrow, head.kernel.astype(dtype), (((1,), (0,) if head.tied else (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    narrow = slope.astype(_common(head.kernel, h))
+    back = _product(narrow, head.kernel, 1, 0 if head.tied else 1).astype(hidden.dtype)
     hidden = lax.dynamic_update_slice_in_dim(hidden, back, begin, 0)
     bias = None if sums.bias is None else sums.bias + jnp.sum(slope, axis=0)
     return hidden, Head(_accumulated(sums.kernel, narrow, h, head.tied), bias, head.tied)
@@ -279,7 +274,7 @@ def _accumulated(kernel: jax.Array, slope: jax.Array, h: jax.Array, tied: bool) 
     def add(kernel: jax.Array, begin: Any, size: int) -> jax.Array:
         part = lax.dynamic_slice_in_dim(slope, begin, size, 1)
         sides = (part, h) if tied else (h, part)
-        more = lax.dot_general(*sides, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        more = _product(*sides, 0, 0).astype(kernel.dtype)
         old = lax.dynamic_slice_in_dim(kernel, begin, size, axis)
         return lax.dynamic_update_slice_in_dim(kernel, old + more, begin, axis)
 
@@ -287,6 +282,22 @@ def _accumulated(kernel: jax.Array, slope: jax.Array, h: jax.Array, tied: bool) 
     kernel = lax.fori_loop(0, whole, lambda i, k: add(k, i * size, size), kernel)
     rest = classes - whole * size
     return add(kernel, whole * size, rest) if rest else kernel
+
+
+def _common(a: Any, b: Any) -> Any:
+    """What two operands are multiplied in."""
+    return a.dtype if a.dtype == b.dtype else dtype_of(a, b)
+
+
+def _product(a: jax.Array, b: jax.Array, left: int, right: int) -> jax.Array:
+    """Sums over axis `left` of `a` and `right` of `b`, in float32 or wider."""
+    dtype = _common(a, b)
+    return lax.dot_general(
+        a.astype(dtype),
+        b.astype(dtype),
+        (((left,), (right,)), ((), ())),
+        preferred_element_type=dtype_of(a, b),
+    )
 
 
 def _check(

@@ -61,12 +61,12 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("chunk", [8, 37, 1000])
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("options", OPTIONS)
+CASES = [(head, options, 8) for head in HEADS for options in OPTIONS]
+CASES += [("tied with bias", "both", chunk) for chunk in (1, 37, 1000)]
+
+
+@pytest.mark.parametrize(("head", "options", "chunk"), CASES)
 def test_values_and_gradients_are_those_of_whole_logits(head, options, chunk):
-    if chunk != 8 and (head, options) != ("tied with bias", "both"):
-        pytest.skip("one case for each size of chunk")
     head, options = HEADS[head], OPTIONS[options]
     teacher = distill.Head(THEIR_KERNEL, THEIR_BIAS)
 
@@ -167,6 +167,23 @@ def test_low_precision():
     assert found.dtype == jnp.float32 and {x.dtype for x in slopes} == {jnp.dtype("bfloat16")}
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     close(slopes, wide, 0.02)
+
+
+def test_mixed_and_double_precision():
+    mixed = jax.jit(jax.value_and_grad(distill.fused_kd, argnums=(0, 1)))
+    found, slopes = mixed(jnp.asarray(HIDDEN, jnp.bfloat16), KERNEL, THEIRS, THEIR_KERNEL)
+    assert [x.dtype for x in slopes] == [jnp.bfloat16, jnp.float32] and found.dtype == jnp.float32
+    with jax.enable_x64(True):
+        h, w, t, k = (jnp.asarray(x, jnp.float64) for x in (HIDDEN, KERNEL, THEIRS, THEIR_KERNEL))
+        found, slopes = jax.value_and_grad(
+            lambda h, w: distill.fused_kd(h, w, t, k, where=WHERE, chunk=8), argnums=(0, 1)
+        )(h, w)
+        expected, exact = jax.value_and_grad(
+            lambda h, w: distill.kd(h @ w, t @ k, where=WHERE), argnums=(0, 1)
+        )(h, w)
+        assert found.dtype == slopes[1].dtype == jnp.float64
+        np.testing.assert_allclose(found, expected, rtol=1e-10)
+        close(slopes, exact, 1e-7)  # compared in float32
 
 
 def test_a_quantized_teacher_head():
