@@ -1,7 +1,8 @@
 """Pruning: which weights go, and training that lands on what stays.
 
 Scores, patterns, scopes, schedules (`jopt.schedules`) and application are independent: any goes
-with any.
+with any. Masks are for research, for hand-off, and for what comes after them: a product with masked
+weights takes the time of a dense one.
 """
 
 from ._blocks import Block as Block

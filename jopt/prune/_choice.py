@@ -28,6 +28,7 @@ class Plan(NamedTuple):
     axes: list[int]  # of each chosen weight, the axis that its products sum over
     parts: list[Part]
     dense: tuple[bool, ...]  # of each chosen weight, whether its scope leaves it alone
+    shapes: list[tuple[int, ...]]  # of one layer of each chosen weight
     pattern: Pattern
     scope: str
 
@@ -42,13 +43,18 @@ class Plan(NamedTuple):
     def _part(self, scores: list[jax.Array], level: Any, members: Sequence[int]) -> list[jax.Array]:
         axes = [self.axes[i] for i in members]
         dense = [self.dense[i] for i in members]
+        shapes = [self.shapes[i] for i in members]
         gone: list[jax.Array] | None = None
         for pattern, reached in self.pattern.steps:
             if gone is not None:
                 pairs = zip(gone, scores, strict=True)
                 scores = [jnp.where(g, -jnp.inf, _wide(s)) for g, s in pairs]
             part = level * reached if reached != 1 else level
-            kept = _chosen(scores, part, pattern, self.scope, axes, dense, down=reached < 1)
+            levels = [part]
+            if self.scope != "global":
+                sizes = [score.size for score in scores]
+                levels = _scopes.fractions(part, self.scope, shapes, dense, sizes)
+            kept = _chosen(scores, levels, pattern, axes, self.scope, down=reached < 1)
             lost = [~k for k in kept]
             gone = lost if gone is None else [a | b for a, b in zip(gone, lost, strict=True)]
         assert gone is not None
@@ -103,7 +109,8 @@ class Choice:
         selection, axes = _select.fitted(selection, self.pattern, sites, caller=caller, skip=skip)
         dense = _scopes.ends(selection, self.scope, sites, caller=caller)
         parts = _scopes.parts(selection, sparsity, caller=caller)
-        return Plan(selection, axes, parts, dense, self.pattern, self.scope)
+        shapes = _scopes.layers(selection, sites)
+        return Plan(selection, axes, parts, dense, shapes, self.pattern, self.scope)
 
 
 def ranked(score: Score, state: PyTree, weights: PyTree, *, caller: str) -> list[jax.Array]:
@@ -130,23 +137,17 @@ def ranked(score: Score, state: PyTree, weights: PyTree, *, caller: str) -> list
 
 def _chosen(
     scores: list[jax.Array],
-    level: Any,
+    levels: list[Any],
     pattern: Pattern,
-    scope: str,
     axes: list[int],
-    dense: list[bool],
+    scope: str,
     *,
     down: bool,
 ) -> list[jax.Array]:
     units = [pattern.units(score, axis) for score, axis in zip(scores, axes, strict=True)]
     sizes = [unit.size for unit in units]
     together = scope == "global"
-    if together:
-        lowest = _scopes.counts([level], pattern.share, [sum(sizes)], down=down)
-    else:
-        shapes = [score.shape for score in scores]
-        levels = _scopes.fractions(level, scope, shapes, dense)
-        lowest = _scopes.counts(levels, pattern.share, sizes, down=down)
+    lowest = _scopes.counts(levels, pattern.share, [sum(sizes)] if together else sizes, down=down)
     kept = _threshold.keep(_threshold.common(units), lowest, together=together)
     triples = zip(kept, scores, axes, strict=True)
     return [pattern.spread(mask, score, axis) for mask, score, axis in triples]

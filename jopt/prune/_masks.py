@@ -63,7 +63,8 @@ def masks(
       scope: `"global"` ranks the weights of all leaves together; `"layer"` prunes each leaf alike;
         `"uniform"` does so but leaves the first and the last layer dense, as `sites` has them;
         `"erk"` keeps a density of each leaf in proportion to Σ dims / Π dims, at most 1, so that
-        small leaves keep more, and all together have the sparsity (each count is rounded).
+        small leaves keep more, and all together have the sparsity (each count is rounded); layers
+        stacked in one leaf are told apart with `sites`.
       where: the leaves to prune; by default those with two axes or more.
       sites: from `jopt.sites`, tells patterns along which axis a weight's inputs lie (by default
         weights are `[..., in, out]`), and scopes in which order weights are used.

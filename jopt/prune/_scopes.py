@@ -108,12 +108,33 @@ def ends(
     return tuple(path in (used[0], used[-1]) for path in paths)
 
 
+def layers(selection: Selection, sites: Sequence[Site] | None) -> list[tuple[int, ...]]:
+    """The shape of one layer of each chosen weight, where `sites` shows that layers are stacked."""
+    found = []
+    for path, weight in zip(selection.chosen_paths, selection.chosen_weights, strict=True):
+        shape = tuple(jnp.shape(weight))
+        for site in sites or ():
+            for use in site.uses:
+                own = site.shapes[use.operand]
+                if use.path == path and 1 < len(own) < len(shape) and shape[-len(own) :] == own:
+                    shape = own
+        found.append(shape)
+    return found
+
+
 def fractions(
-    sparsity: Any, scope: str, shapes: Sequence[tuple[int, ...]], dense: Sequence[bool]
+    sparsity: Any,
+    scope: str,
+    shapes: Sequence[tuple[int, ...]],
+    dense: Sequence[bool],
+    sizes: Sequence[int] | None = None,
 ) -> list[Any]:
-    """The sparsity of each leaf: Python floats, or float32 scalars if `sparsity` is traced."""
+    """The sparsity of each leaf: Python floats, or float32 scalars if `sparsity` is traced.
+
+    `shapes` are of one layer, `sizes` of the whole leaves.
+    """
     if scope == "erk":
-        return _erk(sparsity, shapes)
+        return _erk(sparsity, shapes, sizes or [math.prod(shape) for shape in shapes])
     none = 0.0 if not isinstance(sparsity, Tracer) else jnp.zeros((), jnp.float32)
     one = sparsity if isinstance(sparsity, Tracer) else float(sparsity)
     return [none if mine else one for mine in dense]
@@ -158,15 +179,15 @@ def _rows(selection: Selection, policy: Policy, *, caller: str) -> list[int | No
     return found
 
 
-def _erk(sparsity: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
+def _erk(sparsity: Any, shapes: Sequence[tuple[int, ...]], wholes: Sequence[int]) -> list[Any]:
     """Erdős–Rényi-Kernel: density eps · Σ dims / Π dims, with what exceeds 1 given to the rest.
 
     Leaves in the order of their raw densities; were the first j dense, the rest would share what is
     left with one eps. The right j is the first at which nobody in the rest exceeds 1.
     """
-    sizes = np.array([math.prod(shape) for shape in shapes], np.float64)
-    sums = np.array([sum(shape) for shape in shapes], np.float64)
-    raw = sums / sizes
+    raw = np.array([sum(shape) / math.prod(shape) for shape in shapes], np.float64)
+    sizes = np.array(wholes, np.float64)
+    sums = raw * sizes
     order = np.argsort(-raw, kind="stable")
     filled = np.concatenate([[0.0], np.cumsum(sizes[order])[:-1]])
     spread = np.cumsum(sums[order][::-1])[::-1]

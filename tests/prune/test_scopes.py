@@ -94,6 +94,24 @@ def test_erk_masks_have_these_densities_in_training_too():
     assert trained == pytest.approx(found, abs=2 / 256)
 
 
+def test_erk_tells_stacked_layers_apart_with_sites():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    stacked = {"first": draw(16, 32), "layers": draw(5, 32, 32)}
+    single = {"first": stacked["first"]} | {f"l{i}": stacked["layers"][i] for i in range(5)}
+
+    def run(params, x):
+        step = lambda h, kernel: (jnp.tanh(h @ kernel), None)  # noqa: E731
+        return jax.lax.scan(step, x @ params["first"], params["layers"])[0]
+
+    sites = jopt.sites(run, stacked, jnp.ones((2, 16)))
+    found = prune.report(prune.masks(stacked, 0.8, scope="erk", sites=sites))
+    apart = prune.report(prune.masks(single, 0.8, scope="erk"))
+    assert found["first"] == apart["first"]
+    assert abs(found["layers"].kept - sum(apart[f"l{i}"].kept for i in range(5))) <= 3
+    assert prune.report(prune.masks(stacked, 0.8, scope="erk"))["first"] != apart["first"]
+
+
 def test_uniform_keeps_the_ends_as_they_are_used():
     params = random_params()
     sites = jopt.sites(apply, params, jnp.ones((2, 8)))
