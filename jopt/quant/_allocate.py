@@ -184,7 +184,7 @@ def _check_formats(formats: Sequence[Choice]) -> None:
 
 
 def _paths(params: PyTree, sites: Sequence[Site], where: trees.Where | None) -> list[str]:
-    fed = {site.path for site in sites}
+    fed = {path for site in sites for path in site.weights}
     order = [path for path in trees.paths(params) if path in fed]
     if where is not None:
         marked = trees.select(params, where, caller="allocate")
@@ -233,7 +233,9 @@ def _costs(
         return bits / 8, trees.size(rest).bits / 8
     if budget.operations is not None:
         width = [32 if f is None else f.bits for f in formats]
-        work = [sum(s.total for s in sites if s.path == path) / 2 for path in paths]
+        work = [
+            sum(s.total / len(s.weights) for s in sites if path in s.weights) / 2 for path in paths
+        ]
         return np.outer(work, width) * activation_bits, 0.0
     return _seconds(params, paths, formats, sites), 0.0
 
@@ -247,7 +249,7 @@ def _seconds(
     weights = dict(trees.items(params))
     found = np.zeros((len(paths), len(formats)))
     for j, path in enumerate(paths):
-        runs = [(s, lift(_alone(s))) for s in sites if s.path == path]
+        runs = [(s, lift(_alone(s))) for s in sites if path in s.weights]
         for c, format in enumerate(formats):
             for site, product in runs:
                 operand = site.uses[0].operand
@@ -257,7 +259,7 @@ def _seconds(
                     axes = axes_of(path, weights[path], spec, sites, "allocate")
                     kept = tuple(a for a in axes if -a <= shapes[operand].ndim)
                     shapes[operand] = coded(shapes[operand], spec, kept)
-                found[j, c] += site.trips * _least_time(product, shapes)
+                found[j, c] += site.trips * _least_time(product, shapes) / len(site.weights)
     return found
 
 

@@ -213,11 +213,13 @@ def _weights(params: PyTree, sites: Sequence[Site] | None) -> list[str]:
     plain = {
         path: leaf
         for path, leaf in trees.items(params)
-        if not trees.is_typed(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        if hasattr(leaf, "dtype")  # not the functions in a module
+        and not trees.is_typed(leaf)
+        and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     }
     if sites is None:
         return [path for path, leaf in plain.items() if jnp.ndim(leaf) >= 2]
-    fed = {site.path for site in sites}
+    fed = {path for site in sites for path in site.weights}
     return [path for path in plain if path in fed]
 
 

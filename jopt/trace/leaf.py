@@ -80,7 +80,16 @@ class Leaf(abc.ABC):
 
 
 def aval_of(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and sharding of the array that a typed leaf stands for."""
+    """Shape, dtype and sharding of the array that a typed leaf stands for.
+
+    Raises:
+      TypeError: if its class is no pytree node.
+    """
+    if jax.tree_util.all_leaves((leaf,)):
+        raise TypeError(
+            f"`{type(leaf).__name__}` is a `Leaf`, but JAX does not know its arrays: register the "
+            "class, as with `jax.tree_util.register_dataclass`."
+        )
     return _jitted(type(leaf)).trace(leaf).out_info
 
 

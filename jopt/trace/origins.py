@@ -30,6 +30,7 @@ class Origin(NamedTuple):
     axes: Axes | None  # None: the axes can no longer be told
     bits: int  # of the whole parameter
     indexed: bool = False  # picked by an index that the inputs choose, such as an embedding's rows
+    mixed: bool = False  # computed on together with other parameters, as by a mask
 
 
 class View(NamedTuple):
@@ -95,8 +96,14 @@ def follow(equation: Any, views: Sequence[View]) -> list[View]:
     if (known := axes_of(equation)) is not None and constant:
         return [_along(equation, views, known, k) for k in range(len(equation.outvars))]
     if name in _ELEMENTWISE and constant:
-        return [joined([v for v in views if v.origins] or [CONSTANT])]
+        found = [view for view in views if view.origins]
+        one = joined(found or [CONSTANT])
+        return [_mixed(one) if len(found) > 1 else one]
     return [CONSTANT if constant else NOTHING for _ in equation.outvars]
+
+
+def _mixed(view: View) -> View:
+    return view._replace(origins=tuple(o._replace(mixed=True) for o in view.origins))
 
 
 def _reshape(equation: Any, views: Sequence[View]) -> View:

@@ -23,7 +23,9 @@ def _shard_map(frame: Frame, equation: Any, operands: Sequence[Any]) -> list[Any
     pairs = zip(operands, params["in_specs"], strict=True)
     specs = [_split(value, spec, params["mesh"]) for value, spec in pairs]
     if any(spec is None for spec in specs):
-        why = "a `shard_map` splits it unevenly for the arrays that it holds"
+        why = (
+            "a `shard_map` splits an axis along which the arrays that it holds are not split alike"
+        )
         return dense(frame, equation, operands, why)
 
     def body(*operands: Any) -> Any:

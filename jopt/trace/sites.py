@@ -29,11 +29,12 @@ class Use:
     contracted: tuple[int, ...] | None  # summed axes of the parameter; None: not whole axes of it
     indexed: bool  # rows of it that the inputs choose, as of an embedding or of experts
     batched: tuple[int, ...] | None = ()  # its axes that the product shares with the other operand
+    mixed: bool = False  # computed on together with other parameters before, as by a mask
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One `dot_general`, `conv_general_dilated`, or operation with an `axes` rule that sums.
+    """One `dot_general`, `ragged_dot_general`, `conv_general_dilated`, or what has an `axes` rule.
 
     Axes of the weight count from the end, so they hold for one layer and for stacked layers alike.
     """
@@ -59,6 +60,21 @@ class Site:
     def paths(self) -> tuple[str, ...]:
         """The paths of all parameters that feed the product."""
         return tuple(dict.fromkeys(use.path for use in self.uses))
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The paths of all that make up the weight: several where they are put side by side."""
+        if not self.uses:
+            return ()
+        first = self.uses[0]
+        others = (
+            use.path
+            for use in self.uses
+            if use.operand == first.operand
+            and use.contracted
+            and not (use.mixed or first.mixed or use.indexed)
+        )
+        return tuple(dict.fromkeys((first.path, *others)))
 
     @property
     def contracted(self) -> tuple[int, ...] | None:
@@ -159,6 +175,7 @@ def _site(equation: Any, views: Sequence[View], place: Place, product: _Product)
                 origins.contracted(o.axes, product.summed[i]),
                 o.indexed,
                 origins.contracted(o.axes, product.shared[i] if i < 2 else ()),
+                o.mixed,
             )
             for i, o in fed
         ),
@@ -178,6 +195,18 @@ def _dot(equation: Any) -> _Product:
     shape = equation.invars[0].aval.shape
     cost = math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in left)
     return _Product(cost, (tuple(left), tuple(right)), shared)
+
+
+def _ragged(equation: Any) -> _Product:
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (left, right), (lefts, rights) = numbers.dot_dimension_numbers
+    shapes = [variable.aval.shape for variable in equation.invars]
+    # Each row meets the weight of one group, so groups cost nothing.
+    cost = math.prod(shapes[0])
+    free = (set(range(len(shapes[1]))) - {*right, *rights}) - {*numbers.rhs_group_dimensions}
+    cost *= math.prod(shapes[1][axis] for axis in free)
+    shared = (tuple(lefts), (*rights, *numbers.rhs_group_dimensions))
+    return _Product(cost, (tuple(left), tuple(right), None), shared)
 
 
 def _conv(equation: Any) -> _Product:
@@ -208,4 +237,5 @@ def _conv_cost(equation: Any) -> int:
 _PRODUCTS: dict[str, Callable[[Any], _Product]] = {
     "dot_general": _dot,
     "conv_general_dilated": _conv,
+    "ragged_dot_general": _ragged,
 }

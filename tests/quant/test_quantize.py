@@ -337,3 +337,24 @@ def test_specs_are_checked():
     )
     refused(TypeError, r"expected a format", lambda: Spec(8))
     refused(TypeError, r"expected a format", lambda: Spec(Int(8), 8))
+
+
+def test_a_bare_format_takes_all_weights_that_a_product_is_made_of():
+    """As of LSTM cells that concatenate their kernels: one left out would have to meet the rest."""
+    linen = pytest.importorskip("flax.linen")
+    model, x = linen.RNN(linen.OptimizedLSTMCell(6)), jnp.ones((2, 5, 8))
+    params = model.init(jax.random.key(0), x)
+    found = sites(model.apply, params, x)
+    for spec in (Int(8), Spec(Int(8), Int(8))):
+        small = quantize(params, spec, sites=found)
+        kernels = [leaf for path, leaf in trees.items(small) if path.endswith("kernel")]
+        assert len(kernels) == 8 and all(isinstance(leaf, QArray) for leaf in kernels)
+        error = lift(model.apply)(small, x) - model.apply(params, x)
+        assert float(jnp.abs(error).max()) < 0.01
+
+
+def test_what_is_no_array_is_left():
+    params = {"kernel": jnp.ones((4, 2)), "activation": jax.nn.relu, "name": "layer", "steps": 3}
+    small = quantize(params, Int(8))
+    assert isinstance(small["kernel"], QArray) and small["activation"] is jax.nn.relu
+    assert small["name"] == "layer" and small["steps"] == 3

@@ -157,3 +157,12 @@ def test_operations_inside_jaxs_own_functions_name_the_users_line(function):
 
     with pytest.raises(ValueError, match=r"dense: .*\(.*test_lift_errors\.py:\d+"):
         lift(model)(W, X)
+
+
+def test_a_class_that_was_not_registered_is_named():
+    class Forgotten(Leaf):
+        def materialise(self):
+            return jnp.ones((4, 2))
+
+    with pytest.raises(TypeError, match=r"`Forgotten` is a `Leaf`, but .*register_dataclass"):
+        lift(lambda w, x: x @ w)(Forgotten(), jnp.ones((3, 4)))

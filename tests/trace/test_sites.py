@@ -322,3 +322,28 @@ def test_of_branches_by_platform_the_one_that_runs_here_counts():
     params = {"kernel": jnp.zeros((4, 4))}
     (site,) = sites(by_platform, params, jnp.zeros((2, 4)))
     assert site.path == "kernel" and site.flops == 2 * 2 * 4 * 4 and site.exact
+
+
+def test_weights_put_side_by_side_are_all_weights():
+    w, v, bias = jnp.ones((8, 6)), jnp.ones((8, 6)), jnp.ones(6)
+    params, x = {"w": w, "v": v, "b": bias}, jnp.ones((3, 8))
+
+    def weights(apply, x=x):
+        (site,) = sites(apply, params, x)
+        return site.weights
+
+    assert weights(lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], 1)) == ("w", "v")
+    either = lambda p, x: x @ lax.cond(x.sum() > 0, lambda: p["w"], lambda: p["v"])  # noqa: E731
+    assert sorted(weights(either)) == ["v", "w"]
+    assert len(weights(lambda p, x: x @ (p["w"] * p["v"]))) == 1  # a mask, say
+    row = lambda p, x: x @ jnp.concatenate([p["w"], p["b"][None]])  # noqa: E731
+    assert weights(row, jnp.ones((3, 9))) == ("w",)
+    assert sites(lambda p, x: x @ x.T, params, x)[0].weights == ()
+
+
+def test_ragged_products_are_products():
+    params, counts = {"experts": jnp.ones((3, 8, 6))}, jnp.array([1, 2, 1])
+    apply = lambda p, x: lax.ragged_dot(x, p["experts"], counts)  # noqa: E731
+    (site,) = sites(apply, params, jnp.ones((4, 8)))
+    assert (site.path, site.contracted, site.uses[0].batched) == ("experts", (-2,), (-3,))
+    assert site.flops == 2 * 4 * 8 * 6
