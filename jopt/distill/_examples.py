@@ -54,6 +54,7 @@ def unit(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
 
 
 def check_floats(name: str, arrays: dict[str, Any], what: str) -> None:
+    """Refuses arrays that are not floating."""
     for who, x in arrays.items():
         if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
             raise TypeError(
@@ -83,6 +84,7 @@ def check_logits(
 
 
 def check_temperature(name: str, temperature: Any) -> None:
+    """Refuses a temperature that is no scalar above 0."""
     if jnp.ndim(temperature) or (
         not isinstance(temperature, Tracer) and not float(temperature) > 0
     ):
@@ -93,11 +95,13 @@ def check_temperature(name: str, temperature: Any) -> None:
 
 
 def check_weight(name: str, option: str, weight: Any) -> None:
+    """Refuses a weight that is no scalar from 0 to 1."""
     if jnp.ndim(weight) or (not isinstance(weight, Tracer) and not 0 <= float(weight) <= 1):
         raise ValueError(f"`{name}(..., {option}={weight})` expects a scalar from 0 to 1.")
 
 
 def check_labels(name: str, labels: Any, examples: Sequence[int], what: str = "labels") -> None:
+    """Refuses labels that are not one integer an example."""
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise TypeError(
             f"`{name}(...)` expects {what} that number classes; they are "
@@ -121,6 +125,7 @@ def check_options(name: str, reduction: str | None, where: Any, examples: Sequen
 
 
 def check_where(name: str, where: Any, examples: Sequence[int]) -> None:
+    """Refuses a `where` that is not one boolean an example."""
     if where is None:
         return
     if jnp.result_type(where) != jnp.bool_:

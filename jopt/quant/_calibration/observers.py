@@ -288,7 +288,9 @@ class Entropy(HistogramObserver):
     the last) are compared by Kullback–Leibler divergence with their version in 2^(bits-1) levels,
     each level spread evenly over its non-empty bins. The best number m gives the threshold
     (m + ½) × the width of a bin; the range is what of -threshold to threshold has values. Where a
-    format has a zero point and all values one sign, there are 2^bits levels.
+    format has a zero point and all values one sign, there are 2^bits levels. Zeros, which every
+    range holds exactly, say nothing of where to clip, and those of a ReLU would outweigh all else:
+    the first bin counts as much as the second.
 
     Args:
       bins: of the histogram of magnitudes.
@@ -318,7 +320,9 @@ class Entropy(HistogramObserver):
         one_sided = not below.any() or not above.any()
         affine = not histogram.format_is_symmetric(format)
         levels = 2 ** (format.bits - (0 if affine and one_sided else 1))
-        end = high * histogram.entropy(below + above, levels)
+        magnitudes = below + above
+        magnitudes[0] = magnitudes[1]
+        end = high * histogram.entropy(magnitudes, levels)
         if not affine:
             return -end, end
         width = high / half
