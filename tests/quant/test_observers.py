@@ -160,7 +160,7 @@ def test_entropy_is_the_published_one(kind, bits, bins):
 
 @pytest.mark.parametrize("format", [Int(8), A8])
 def test_entropy_is_not_led_astray_by_the_zeros_of_a_relu(format):
-    """Nine tenths zeros, as after a ReLU and pooling: what is kept must hold nearly all the rest."""
+    """Nine tenths zeros, as after a ReLU and pooling: nearly all of the rest must be kept."""
     x = np.random.default_rng(0).exponential(size=50_000).astype(np.float32)
     x *= np.random.default_rng(1).random(50_000) < 0.1
     range = Entropy().range(watched(Entropy(), [x]), format)
