@@ -136,6 +136,7 @@ def log_rest(log_p: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def check_cached(name: str, student: Any, cached: TopK) -> None:
+    """Refuses logits and cached classes that do not fit together."""
     check_floats(name, {"student": student}, "logits")
     shape = jnp.shape(student)
     if not shape or shape[-1] != cached.classes:

@@ -59,11 +59,13 @@ def _batch_of(coarse: jax.Array, axes: Axes) -> jax.Array:
 
 
 def x_on_result(scale: jax.Array, form: Form) -> jax.Array:
+    """A scale of the activation, laid onto the result."""
     moved = _without_summed(scale, form.x)
     return moved.reshape(moved.shape + (1,) * len(form.columns))
 
 
 def w_on_result(scale: jax.Array, shape: Sequence[int], form: Form) -> jax.Array:
+    """A scale of the weight, whose shape is given, laid onto the result."""
     moved = _without_summed(without_groups(scale, shape), form.w)
     sizes, first = moved.shape, len(form.w.batch)
     return moved.reshape(sizes[:first] + (1,) * len(form.rows) + sizes[first:])
@@ -76,6 +78,7 @@ def _without_summed(scale: jax.Array, axes: Axes) -> jax.Array:
 
 
 def without_groups(coarse: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """A coarse array with an entry for each index of the axes along which it has groups."""
     return full_along(coarse, shape, [a for a, n in enumerate(coarse.shape) if n != 1])
 
 
