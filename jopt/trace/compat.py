@@ -16,6 +16,7 @@ from jax._src.core import pvary_p
 from jax._src.lax.lax import optimization_barrier_p
 from jax._src.shard_map import shard_map_p
 from jax._src.sharding_impls import UNSPECIFIED
+from jax._src.source_info_util import user_frames
 from jax.core import eval_jaxpr
 from jax.extend import core, source_info_util
 from jax.extend.core import primitives
@@ -37,6 +38,8 @@ SHARDING_CONSTRAINT = primitives.sharding_constraint_p
 
 # Where JAX looks for the user's line, it shall not find ours.
 source_info_util.register_exclusion(os.path.join(os.path.dirname(__file__), ""))
+
+_PACKAGES = {"site-packages", "dist-packages"}
 
 Jaxpr = Any  # `ClosedJaxpr` merged into `Jaxpr` in 0.12, so neither name serves both
 Equation = Any
@@ -145,8 +148,30 @@ def name_of(equation: Equation) -> str:
 
 
 def source_of(equation: Equation) -> str:
-    """The user's source line, such as `model.py:12 (f)`."""
-    return source_info_util.summarize(equation.source_info)
+    """The user's source line, such as `model.py:12:4 (f)`; of an operation in a framework, both.
+
+    A construct whose own line JAX does not know, such as `shard_map`, has that of its first
+    operation that has one.
+    """
+    frames = user_frames(equation.source_info.traceback)
+    inner = next(frames, None)
+    if inner is None:
+        inside = (source_of(e) for body in bodies(equation) for e in opened(body)[0].eqns)
+        return next(filter(None, inside), "")
+    outer = inner if _own(inner) else next(filter(_own, frames), inner)
+    if outer is inner:
+        return _line(inner)
+    return f"{_line(outer)}, in {_line(inner)}"
+
+
+def _own(frame: Any) -> bool:
+    """Whether a line is in the user's files, not in an installed package."""
+    return _PACKAGES.isdisjoint(frame.file_name.replace(os.sep, "/").split("/"))
+
+
+def _line(frame: Any) -> str:
+    column = f":{frame.start_column}" if frame.start_column else ""
+    return f"{frame.file_name}:{frame.start_line}{column} ({frame.function_name})"
 
 
 def scan_counts(equation: Equation) -> tuple[int, int]:

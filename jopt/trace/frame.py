@@ -63,6 +63,7 @@ class Met(NamedTuple):
     dense: bool  # whether the leaf was materialised
     how: str  # what the rule says, or why there was none to answer
     source: str  # the user's line
+    refused: bool = False  # whether `lift` raises here unless it is given `allow_dense=True`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +108,13 @@ class Frame:
         """What has been recorded in this frame."""
         return {} if self.recorder is None else self.recorder.records
 
-    def note(self, equation: Any, origin: Tracked, dense: bool, how: str) -> None:
+    def note(
+        self, equation: Any, origin: Tracked, dense: bool, how: str, *, refused: bool = False
+    ) -> None:
         """Notes what became of a leaf, each place in the function once; no equation: at its end."""
         if self.met is not None:
             name, source = "return", ""
             if equation is not None:
                 name, source = str(equation.primitive), self.source_of(equation)
-            found = Met(origin.path, name, dense, how, source)
+            found = Met(origin.path, name, dense, how, source, refused)
             self.met.setdefault((id(equation), origin.path, compat.current_scope()), found)

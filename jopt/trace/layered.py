@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import rules
+from . import compat, rules
 from .leaf import Leaf
 
 Shape = tuple[int, ...]
@@ -179,6 +179,26 @@ def _unstack(call: Any, leaf: Layered) -> Any:
 
     parts = enumerate(call.bind(array))
     return [leaf.joined(a, coarse_map(lambda c, i=i: part(c, i), coarse)) for i, a in parts]
+
+
+@rules.rule(jax.lax.all_gather_p, Layered)
+def _all_gather(call: Any, leaf: Layered) -> Any:
+    """The shards of a weight put together while they are small."""
+    if leaf.always_dense:
+        return NotImplemented
+    array, coarse = leaf.split()
+    axis, tiled = call.params["all_gather_dimension"], call.params["tiled"]
+    names = call.params["axis_name"]
+    names = {*names} if isinstance(names, tuple) else {names}
+    checked = bool(compat.varying(array))  # else nobody knows what differs between shards
+
+    def follow(c: jax.Array) -> jax.Array:
+        shared = checked and not names & compat.varying(c)
+        if shared and not tiled:
+            return jnp.expand_dims(c, axis)
+        return c if shared and c.shape[axis] == 1 else call.bind(c)
+
+    return leaf.joined(call.bind(array), coarse_map(follow, coarse))
 
 
 @rules.rule(jax.lax.dynamic_slice_p, Layered)

@@ -96,9 +96,7 @@ def follow(equation: Any, views: Sequence[View]) -> list[View]:
     if (known := axes_of(equation)) is not None and constant:
         return [_along(equation, views, known, k) for k in range(len(equation.outvars))]
     if name in _ELEMENTWISE and constant:
-        found = [view for view in views if view.origins]
-        one = joined(found or [CONSTANT])
-        return [_mixed(one) if len(found) > 1 else one]
+        return [_element_wise(views)]
     return [CONSTANT if constant else NOTHING for _ in equation.outvars]
 
 
@@ -197,6 +195,20 @@ def _concatenate(equation: Any, views: Sequence[View]) -> View:
     return joined([resized(view, shape) for view in views])
 
 
+def _pad(equation: Any, views: Sequence[View]) -> View:
+    if not views[1].constant:
+        return NOTHING
+    return resized(views[0], equation.outvars[0].aval.shape)
+
+
+def _all_gather(equation: Any, views: Sequence[View]) -> View:
+    params = equation.params
+    if params["tiled"]:
+        return resized(views[0], equation.outvars[0].aval.shape)
+    axis, shards = params["all_gather_dimension"], (Part(None, params["axis_size"]),)
+    return views[0].map(lambda axes: (*axes[:axis], shards, *axes[axis:]))
+
+
 def _stack(equation: Any, views: Sequence[View]) -> View:
     axis = equation.params["axis"]
     alone = (Part(None, len(views)),)
@@ -237,23 +249,54 @@ def _along(equation: Any, views: Sequence[View], known: Along, k: int) -> View:
     return View(tuple(found), True)
 
 
+def _select(equation: Any, views: Sequence[View]) -> View:
+    """Element by element where the choice is given; else one of them, as a `cond` under vmap."""
+    if all(view.constant for view in views):
+        return _element_wise(views)
+    made = all(view.constant or view.origins for view in views[1:])  # of parameters, no data
+    return joined(views[1:]) if made else NOTHING
+
+
+def _element_wise(views: Sequence[View]) -> View:
+    found = [view for view in views if view.origins]
+    one = joined(found or [CONSTANT])
+    return _mixed(one) if len(found) > 1 else one
+
+
 def _gather(equation: Any, views: Sequence[View]) -> View:
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    shape = equation.outvars[0].aval.shape
+    shape, constant = equation.outvars[0].aval.shape, views[1].constant
+    batching = dict(
+        zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True)
+    )
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    places = [place for place in range(len(shape)) if place not in numbers.offset_dims]
+
+    def rows(axes: Axes, place: int, which: int) -> tuple[Part, ...] | None:
+        """What an axis of the indices runs along: the rows that they choose, if they are given."""
+        if which in batching:
+            return axes[batching[which]]
+        if not constant:
+            return (Part(None, shape[place]),)
+        if len(numbers.collapsed_slice_dims) != 1:
+            return None
+        (row,) = (axes[axis] for axis in numbers.collapsed_slice_dims)
+        return (Part(row[0].axis, shape[place]),) if len(row) == 1 else None
 
     def picked(axes: Axes) -> Axes | None:
         kept = [i for i in range(len(axes)) if i not in gone]
         taken = _resized(tuple(axes[i] for i in kept), [sizes[i] for i in kept])
         if taken is None:
             return None
-        result: list[tuple[Part, ...]] = [(Part(None, size),) for size in shape]
-        for place, parts in zip(numbers.offset_dims, taken, strict=True):
+        result: dict[int, tuple[Part, ...]] = dict(zip(numbers.offset_dims, taken, strict=True))
+        for which, place in enumerate(places):
+            if (parts := rows(axes, place, which)) is None:
+                return None
             result[place] = parts
-        return tuple(result)
+        return tuple(result[place] for place in range(len(shape)))
 
     view = views[0].map(picked)
-    if not views[1].constant:
+    if not constant:
         view = view._replace(origins=tuple(o._replace(indexed=True) for o in view.origins))
     return view
 
@@ -269,6 +312,10 @@ _LAYOUTS: dict[str, Callable[[Any, Sequence[View]], View]] = {
     "concatenate": _concatenate,
     "gather": _gather,
     "stack": _stack,
+    "pad": _pad,
+    "all_gather": _all_gather,
+    "all_gather_invariant": _all_gather,
+    "select_n": _select,
     "tile": _tile,
 }
 
@@ -282,6 +329,6 @@ _IDENTITIES = {
 _ELEMENTWISE = {
     *("abs", "add", "and", "ceil", "clamp", "cos", "div", "eq", "erf", "exp", "exp2", "expm1"),
     *("floor", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt"),
-    *("max", "min", "mul", "ne", "neg", "not", "or", "pow", "rem", "round", "rsqrt", "select_n"),
+    *("max", "min", "mul", "ne", "neg", "not", "or", "pow", "rem", "round", "rsqrt"),
     *("sign", "sin", "sqrt", "square", "sub", "tanh", "xor"),
 }

@@ -105,8 +105,9 @@ def explain(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Met, 
     """Tells what becomes of each typed leaf: which operations it meets, and how they compute.
 
     Nothing is computed; arrays may be `jax.ShapeDtypeStruct`s. A leaf that an operation would
-    materialise is listed as `dense` with the reason, where `lift` would raise; so is one that comes
-    out of a body, goes into a carry or is returned, where `lift` makes an array of it. Of an
+    materialise is listed as `dense` with the reason, and as `refused` where `lift` would raise. One
+    that comes out of a body, goes into a carry or is returned is `dense` only: `lift` makes an
+    array of it. Of an
     operation with a body what is inside is listed; one inside a loop is listed once.
 
     Args:
@@ -121,7 +122,7 @@ def explain(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Met, 
       >>> import jax.numpy as jnp
       >>> from jopt import quant, trace
       >>> kernel = quant.quantize(jnp.ones((4, 2)), quant.Int(8))
-      >>> [(met.operation, met.dense) for met in trace.explain(lambda w: w.T * 2, kernel)]
+      >>> [(met.operation, met.refused) for met in trace.explain(lambda w: w.T * 2, kernel)]
       [('transpose', False), ('mul', True)]
     """
     met: dict[Any, Met] = {}
@@ -267,12 +268,11 @@ def _answer(frame: Frame, equation: Any, operands: Sequence[Any], *, check: bool
 def dense(frame: Frame, equation: Any, operands: Sequence[Any], why: str = "") -> list[Any]:
     """Runs one equation on materialised leaves, if that is allowed."""
     for x in operands:
-        if isinstance(x, Tracked) and not (
-            frame.allow_dense or getattr(x.leaf, "always_dense", False)
-        ):
-            raise ValueError(_refusal(frame, equation, x, why))
         if isinstance(x, Tracked):
-            frame.note(equation, x, True, _reason(equation, x, why))
+            refused = not getattr(x.leaf, "always_dense", False)
+            if refused and not frame.allow_dense:
+                raise ValueError(_refusal(frame, equation, x, why))
+            frame.note(equation, x, True, _reason(equation, x, why), refused=refused)
     return compat.bind(equation, [materialised(x) for x in operands])
 
 

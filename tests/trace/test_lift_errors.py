@@ -146,6 +146,8 @@ def test_a_leaf_that_becomes_an_array_on_its_way_is_in_the_report():
         ("w", "return", True),
     ]
     assert "carried from iteration to iteration" in found[0].how
+    assert not any(met.refused for met in found)
+    assert lift(function)({"w": W}, X)[1].shape == W.shape
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from jax.sharding import AxisType, PartitionSpec
 from toy_functions import close, normal
 from toy_leaves import Scaled, Watched, dense, products, scaled
 
-from jopt.trace import Leaf, collect, explain, lift, rule
+from jopt import quant
+from jopt.trace import Leaf, collect, explain, lift, rule, sites
 
 W = scaled(normal(0, 6, 8))
 X = normal(1, 8, 6)
@@ -81,7 +83,42 @@ def test_arrays_that_do_not_divide_make_the_leaf_dense():
     with pytest.raises(ValueError, match="a `shard_map` splits an axis along which"):
         lift(summed)({"w": Grouped(odd.codes, odd.scale)}, X)
     (met,) = explain(summed, {"w": Grouped(odd.codes, odd.scale)}, X)
-    assert met.dense and met.operation == "shard_map"
+    assert met.refused and met.operation == "shard_map"
+    with pytest.raises(ValueError, match=r"\(.*test_lift_shards\.py:[0-9:]+ \(summed"):
+        lift(summed)({"w": Grouped(odd.codes, odd.scale)}, X)
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("group_size", [None, 4, 2])
+def test_shards_are_gathered_as_codes(tiled, checked, group_size):
+    """Weights split over the devices that hold them, whole only where they are used."""
+
+    def layer(w, x):
+        w = lax.all_gather(w, "d", tiled=tiled)
+        return x @ w.reshape(16, 6)
+
+    def apply(p, x):
+        return jax.shard_map(
+            layer,
+            mesh=mesh_of(d=4),
+            in_specs=(P("d"), P("d")),
+            out_specs=P("d"),
+            check_vma=checked,
+        )(p["w"], x)
+
+    how = "channel" if group_size is None else "group"
+    form = quant.Int(8, granularity=how, group_size=group_size)
+    params, x = {"w": normal(2, 16, 6)}, normal(3, 8, 16)
+    leaves = quant.quantize(params, form, sites=sites(apply, params, x))
+    shape = (1, 6) if group_size is None else (16 // group_size, 6)
+    assert leaves["w"].scale.shape == shape
+    close(jax.jit(lift(apply))(leaves, x), apply({"w": leaves["w"].materialise()}, x), 1e-5)
+    text = jax.jit(lift(apply)).lower(leaves, x).as_text()
+    gathered = re.findall(r'"stablehlo.all_gather".*-> tensor<[0-9x]*x(\w+)>', text)
+    assert "i8" in gathered
+    assert not any("16x6xf32" in line for line in text.splitlines() if "all_gather" in line)
+    assert not any(met.dense for met in explain(apply, leaves, x))
 
 
 class Grouped(Scaled):

@@ -1,5 +1,7 @@
 """Sites: which weight, which axes, how often, at what cost."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -64,6 +66,50 @@ CASES = {
         {"w": f32(8, 12)},
         X,
         [("w", None, 1)],
+    ),
+    "padded": (
+        lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (0, 8))),
+        W,
+        X,
+        [("w", (-2,), 1)],
+    ),
+    "rows in a given order": (
+        lambda p, x: x @ p["w"][jnp.array([5, 4, 3, 0, 1, 2])],
+        W,
+        X,
+        [("w", (-2,), 1)],
+    ),
+    "columns that are kept": (
+        lambda p, x: x @ p["w"][:, jnp.array([0, 3, 5])],
+        W,
+        X,
+        [("w", (-2,), 1)],
+    ),
+    "rows given in a table, one of its axes summed": (
+        lambda p, x: jnp.einsum("bi,ijo->bjo", x[:, :2], p["w"][jnp.array([[0, 1], [2, 3]])]),
+        W,
+        X,
+        [("w", None, 1)],
+    ),
+    "entries that are given": (
+        lambda p, x: x @ p["w"][jnp.arange(6), jnp.array([0, 2, 4, 1, 3, 5])],
+        W,
+        X,
+        [("w", None, 1)],
+    ),
+    "rows that the data choose": (
+        lambda p, x: x[:, :2] @ p["w"][(x[0, :2] > 0).astype(jnp.int32)],
+        W,
+        X,
+        [("w", (), 1)],
+    ),
+    "one slice for each example": (
+        lambda p, x: jax.vmap(lambda w, i, x: x @ lax.dynamic_index_in_dim(w, i, 0, False))(
+            p["w"], jnp.array([0, 1, 0, 1]), x
+        ),
+        {"w": f32(4, 2, 6, 8)},
+        X,
+        [("w", (-2,), 1)],
     ),
     "slices": (
         lambda p, x: x[:, :2] @ p["w"][:2] + x[:, 2:] @ p["w"][2:],
@@ -293,6 +339,16 @@ def test_flops_agree_with_xla(name):
     np.testing.assert_allclose(flops(function, params, x), counted, rtol=0.05)
 
 
+def test_source_is_the_users_line_and_the_frameworks():
+    model, x = Block(), jnp.ones((2, 5, 8))
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    sources = [site.source for site in sites(model.apply, params, x)]
+    pattern = (
+        r".*test_sites\.py:\d+:\d+ \(Block\.__call__\), in .*flax/linen/\w+\.py:\d+:\d+ \(.*\)"
+    )
+    assert all(re.fullmatch(pattern, source) for source in sources), sources
+
+
 def test_flops_of_all_shards():
     mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,))
     rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
@@ -300,6 +356,20 @@ def test_flops_of_all_shards():
     (site,) = sites(body, W, f32(8, 6))
     assert (site.path, site.contracted, site.trips) == ("w", (-2,), 4)
     assert site.total == 2 * 8 * 6 * 8
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+def test_weights_gathered_from_shards(tiled):
+    mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("data")
+
+    def layer(w, x):
+        w = lax.all_gather(w, "data", tiled=tiled)
+        return x @ w.reshape(8, 6)
+
+    body = jax.shard_map(layer, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
+    (site,) = sites(body, f32(8, 6), f32(8, 8))
+    assert (site.path, site.contracted, site.trips) == ("", (-2,), 4)
 
 
 def test_flops_count_every_trip_of_a_scan():
@@ -335,6 +405,10 @@ def test_weights_put_side_by_side_are_all_weights():
     assert weights(lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], 1)) == ("w", "v")
     either = lambda p, x: x @ lax.cond(x.sum() > 0, lambda: p["w"], lambda: p["v"])  # noqa: E731
     assert sorted(weights(either)) == ["v", "w"]
+    each = lambda p, x: jax.vmap(either, (None, 0))(p, x)  # noqa: E731
+    assert sorted(weights(each)) == ["v", "w"]
+    picked = lambda p, x: x @ jnp.where(x[0, 0] > 0, p["w"], 0.0)  # noqa: E731
+    assert weights(picked) == ("w",)
     assert len(weights(lambda p, x: x @ (p["w"] * p["v"]))) == 1  # a mask, say
     row = lambda p, x: x @ jnp.concatenate([p["w"], p["b"][None]])  # noqa: E731
     assert weights(row, jnp.ones((3, 9))) == ("w",)
