@@ -1,0 +1,93 @@
+"""2:4 packed: of every four weights along the inputs two values, and where they were."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .sparse import Sparse, widened
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "places"], meta_fields=["axis"]
+)
+@dataclasses.dataclass(frozen=True)
+class NM24(Sparse):
+    """A 2:4 weight: two values of every four inputs and two bits of place each.
+
+    In float32 68 bits for every four weights in place of 128. Made by `jopt.prune.pack`; use it in
+    `jopt.lift(apply)`. A product unpacks the weight and is dense: no platform's sparse units are
+    used, so this saves memory and not time. Where fewer than two of four are left, zeros are among
+    the values, which a gradient reaches: mask it if they are to stay zero.
+    """
+
+    values: jax.Array  # like the weight, half as long along `axis`
+    places: jax.Array  # uint8, like the weight, ceil(length / 8) along `axis`: 4 bits a group
+    axis: int  # along which groups lie, counted from the end
+
+    arrays: ClassVar[tuple[str, ...]] = ("values", "places")
+
+    @property
+    def matrix_ndim(self) -> int:
+        """Axes up to the groups'; at least those of a matrix."""
+        return max(2, -self.axis)
+
+    def materialise(self) -> jax.Array:
+        """The weight: each value selected into its place, zeros elsewhere."""
+        values = _last(widened(self.values), self.axis)
+        pairs = values.reshape(*values.shape[:-1], values.shape[-1] // 2, 2)
+        bytes = _last(self.places, self.axis)[..., None]
+        halves = jnp.concatenate([bytes & 15, bytes >> 4], axis=-1)
+        codes = halves.reshape(*halves.shape[:-2], -1)[..., : pairs.shape[-2]]
+        zero = jnp.zeros_like(pairs[..., 0])
+        chosen = [
+            jnp.where(codes & 3 == j, pairs[..., 0], jnp.where(codes >> 2 == j, pairs[..., 1], zero))
+            for j in range(4)
+        ]
+        dense = jnp.stack(chosen, axis=-1).reshape(*values.shape[:-1], -1)
+        return jnp.moveaxis(dense, -1, self.axis).astype(self.values.dtype)
+
+    def transposed(self, permutation: Sequence[int]) -> "NM24":
+        """Both arrays transposed."""
+        moved = self.with_arrays(lambda array: jax.lax.transpose(array, permutation))
+        ndim = len(permutation)
+        axis = list(permutation).index(self.axis + ndim) - ndim
+        return dataclasses.replace(moved, axis=axis)  # pyright: ignore[reportReturnType]
+
+
+def misfit(weight: np.ndarray, axis: int) -> str | None:
+    """Why a weight is not 2:4 along `axis`, if it is not."""
+    if weight.ndim < -axis or weight.shape[axis] % 4:
+        return f"shape {weight.shape}: axis {axis} does not divide into groups of 4"
+    groups = np.moveaxis(weight, axis, -1) != 0
+    kept = np.count_nonzero(groups.reshape(*groups.shape[:-1], -1, 4), axis=-1)
+    if wrong := int(np.count_nonzero(kept > 2)):
+        return (
+            f"{wrong} of {kept.size} groups of 4 along axis {axis} have more than 2 weights "
+            "that are not zero"
+        )
+    return None
+
+
+def packed(weight: np.ndarray, axis: int) -> NM24:
+    """Packs a weight that is 2:4 along `axis`."""
+    moved = np.moveaxis(weight, axis, -1)
+    groups = moved.reshape(*moved.shape[:-1], -1, 4)
+    # Those that are not zero first, each kind in the order of the inputs; of these the first two.
+    two = np.sort(np.argsort(groups == 0, axis=-1, kind="stable")[..., :2], axis=-1)
+    values = np.take_along_axis(groups, two, axis=-1)
+    values = np.where(values == 0, np.zeros_like(values), values)  # +0 for -0
+    codes = (two[..., 0] | two[..., 1] << 2).astype(np.uint8)
+    codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, codes.shape[-1] % 2)])
+    places = codes[..., 0::2] | codes[..., 1::2] << 4
+    values = values.reshape(*moved.shape[:-1], -1)
+    back = [jnp.asarray(np.moveaxis(array, -1, axis)) for array in (values, places)]
+    return NM24(*back, axis)
+
+
+def _last(array: jax.Array, axis: int) -> jax.Array:
+    return jnp.moveaxis(array, axis, -1)
