@@ -141,8 +141,9 @@ def _inside(leaf: Any) -> list[Any]:
         return []
     if not trees.is_typed(leaf):
         return [leaf] if jnp.issubdtype(leaf.dtype, jnp.floating) else []
-    arrays = [x for x in jax.tree.leaves(leaf) if getattr(x, "shape", None) == tuple(shape)]
-    return [x for x in arrays if x.dtype != jnp.bool_] if isinstance(leaf, Leaf) else []
+    if not isinstance(leaf, Leaf) or hasattr(leaf, "with_weight"):  # which trains
+        return []
+    return [x for x in jax.tree.leaves(leaf) if getattr(x, "shape", None) == tuple(shape)]
 
 
 def _check(path: str, leaf: Any) -> None:
@@ -150,8 +151,8 @@ def _check(path: str, leaf: Any) -> None:
         kind = type(leaf).__name__
         raise TypeError(
             f"`prune.pack(...)` cannot pack `{path}`, a {kind}: it takes arrays of floats with two "
-            "axes and more, and typed leaves that hold codes of such a shape. Choose leaves with "
-            "`where=`."
+            "axes and more, and typed leaves that hold codes of such a shape; what trains under "
+            "fake quantization is for `jopt.quant.quantize` first. Choose leaves with `where=`."
         )
     if any(isinstance(array, Tracer) for array in arrays):
         raise TypeError(

@@ -12,6 +12,7 @@ import numpy as np
 from .sparse import Sparse, widened
 
 WORD = 32
+BLOCK = 256  # words whose marks are summed on their own: XLA:CPU is slow at long running sums
 
 
 @functools.partial(
@@ -42,15 +43,15 @@ class BitSparse(Sparse):
     def materialise(self) -> jax.Array:
         """The weight: each marked place takes the value whose number is the marks before it."""
         words, values = self.words, widened(self.values)
-        own = jax.lax.population_count(words)
-        before = (jnp.cumsum(own, axis=-1, dtype=own.dtype) - own)[..., None]
+        before = _before(jax.lax.population_count(words).astype(jnp.int32))[..., None]
         inside = jax.lax.broadcasted_iota(words.dtype, (*words.shape, WORD), words.ndim)
         words = words[..., None]
         marked = (words >> inside) & 1 == 1
-        number = before + jax.lax.population_count(words & ((1 << inside) - 1))
+        below = jax.lax.population_count(words & ((1 << inside) - 1))
+        number = before + below.astype(jnp.int32)
         number, marked = (_cut(array, math.prod(self.matrix)) for array in (number, marked))
         # The number of an unmarked place may be one past the last value, and is not used.
-        found = jnp.take_along_axis(values, number.astype(jnp.int32), axis=-1, mode="clip")
+        found = jnp.take_along_axis(values, number, axis=-1, mode="clip")
         dense = jnp.where(marked, found, jnp.zeros_like(found))
         return dense.reshape(*dense.shape[:-1], *self.matrix).astype(self.values.dtype)
 
@@ -68,6 +69,17 @@ def packed(weight: np.ndarray, layers: int) -> BitSparse:
     words = np.ascontiguousarray(bytes).view("<u4").astype(np.uint32)
     words, values = (jnp.asarray(a.reshape(*lead, a.shape[-1])) for a in (words, values))
     return BitSparse(words, values, matrix)
+
+
+def _before(counts: jax.Array) -> jax.Array:
+    """The sum of all that stands before each entry along the last axis, in two levels."""
+    size = counts.shape[-1]
+    padded = jnp.pad(counts, [(0, 0)] * (counts.ndim - 1) + [(0, -size % BLOCK)])
+    blocks = padded.reshape(*counts.shape[:-1], -1, BLOCK)
+    sums = jnp.sum(blocks, axis=-1)
+    inside = jnp.cumsum(blocks, axis=-1) - blocks
+    before = (jnp.cumsum(sums, axis=-1) - sums)[..., None] + inside
+    return before.reshape(padded.shape)[..., :size]
 
 
 def _cut(array: jax.Array, size: int) -> jax.Array:

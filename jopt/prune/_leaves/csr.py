@@ -149,7 +149,7 @@ def _wins(leaf: CSR, x: Any) -> bool:
 
 def _skipping(x: jax.Array, leaf: CSR, summed: int, side: int) -> jax.Array:
     """The product over the weights that are left, `STEP` of each output at a time."""
-    wide = jnp.promote_types(jnp.promote_types(x.dtype, leaf.values.dtype), jnp.float32)
+    wide = jnp.float64 if 8 in (x.dtype.itemsize, leaf.values.dtype.itemsize) else jnp.float32
     moved = jnp.moveaxis(x, summed, 0).astype(wide)
     rest = moved.shape[1:]
     columns = moved.reshape(moved.shape[0], math.prod(rest))

@@ -38,18 +38,25 @@ class NM24(Sparse):
 
     def materialise(self) -> jax.Array:
         """The weight: each value selected into its place, zeros elsewhere."""
-        values = _last(widened(self.values), self.axis)
-        pairs = values.reshape(*values.shape[:-1], values.shape[-1] // 2, 2)
-        bytes = _last(self.places, self.axis)[..., None]
-        halves = jnp.concatenate([bytes & 15, bytes >> 4], axis=-1)
-        codes = halves.reshape(*halves.shape[:-2], -1)[..., : pairs.shape[-2]]
-        zero = jnp.zeros_like(pairs[..., 0])
-        chosen = [
-            jnp.where(codes & 3 == j, pairs[..., 0], jnp.where(codes >> 2 == j, pairs[..., 1], zero))
-            for j in range(4)
-        ]
-        dense = jnp.stack(chosen, axis=-1).reshape(*values.shape[:-1], -1)
-        return jnp.moveaxis(dense, -1, self.axis).astype(self.values.dtype)
+        values, at = widened(self.values), self.values.ndim + self.axis
+        groups = values.shape[at] // 2
+        pairs = _divided(values, at, 2)  # [..., groups, 2, ...]
+        first, second = (jax.lax.slice_in_dim(pairs, i, i + 1, axis=at + 1) for i in (0, 1))
+        bytes = jnp.expand_dims(self.places, at + 1)
+        both = (*bytes.shape[: at + 1], 2, *bytes.shape[at + 2 :])
+        shift = 4 * jax.lax.broadcasted_iota(bytes.dtype, both, at + 1)
+        codes = (jnp.broadcast_to(bytes, both) >> shift) & 15
+        codes = _merged(codes, at)
+        codes = jnp.expand_dims(jax.lax.slice_in_dim(codes, 0, groups, axis=at), at + 1)
+        shape = (*pairs.shape[: at + 1], 4, *pairs.shape[at + 2 :])
+        place = jax.lax.broadcasted_iota(codes.dtype, shape, at + 1)
+
+        def spread(array: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(array, shape)
+
+        rest = jnp.where(spread(codes >> 2) == place, spread(second), jnp.zeros((), values.dtype))
+        dense = jnp.where(spread(codes & 3) == place, spread(first), rest)
+        return _merged(dense, at).astype(self.values.dtype)
 
     def transposed(self, permutation: Sequence[int]) -> "NM24":
         """Both arrays transposed."""
@@ -63,8 +70,7 @@ def misfit(weight: np.ndarray, axis: int) -> str | None:
     """Why a weight is not 2:4 along `axis`, if it is not."""
     if weight.ndim < -axis or weight.shape[axis] % 4:
         return f"shape {weight.shape}: axis {axis} does not divide into groups of 4"
-    groups = np.moveaxis(weight, axis, -1) != 0
-    kept = np.count_nonzero(groups.reshape(*groups.shape[:-1], -1, 4), axis=-1)
+    kept = np.count_nonzero(_groups(np.moveaxis(weight, axis, -1)), axis=-1)
     if wrong := int(np.count_nonzero(kept > 2)):
         return (
             f"{wrong} of {kept.size} groups of 4 along axis {axis} have more than 2 weights "
@@ -76,7 +82,7 @@ def misfit(weight: np.ndarray, axis: int) -> str | None:
 def packed(weight: np.ndarray, axis: int) -> NM24:
     """Packs a weight that is 2:4 along `axis`."""
     moved = np.moveaxis(weight, axis, -1)
-    groups = moved.reshape(*moved.shape[:-1], -1, 4)
+    groups = _groups(moved)
     # Those that are not zero first, each kind in the order of the inputs; of these the first two.
     two = np.sort(np.argsort(groups == 0, axis=-1, kind="stable")[..., :2], axis=-1)
     values = np.take_along_axis(groups, two, axis=-1)
@@ -84,10 +90,25 @@ def packed(weight: np.ndarray, axis: int) -> NM24:
     codes = (two[..., 0] | two[..., 1] << 2).astype(np.uint8)
     codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, codes.shape[-1] % 2)])
     places = codes[..., 0::2] | codes[..., 1::2] << 4
-    values = values.reshape(*moved.shape[:-1], -1)
+    values = values.reshape(*moved.shape[:-1], moved.shape[-1] // 2)
     back = [jnp.asarray(np.moveaxis(array, -1, axis)) for array in (values, places)]
     return NM24(*back, axis)
 
 
-def _last(array: jax.Array, axis: int) -> jax.Array:
-    return jnp.moveaxis(array, axis, -1)
+# Helpers, in order of use.
+
+
+def _groups(weight: np.ndarray) -> np.ndarray:
+    return weight.reshape(*weight.shape[:-1], weight.shape[-1] // 4, 4)
+
+
+def _divided(array: jax.Array, at: int, size: int) -> jax.Array:
+    """[..., n, ...] to [..., n / size, size, ...]."""
+    shape = array.shape
+    return array.reshape(*shape[:at], shape[at] // size, size, *shape[at + 1 :])
+
+
+def _merged(array: jax.Array, at: int) -> jax.Array:
+    """Undoes `_divided`."""
+    shape = array.shape
+    return array.reshape(*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])

@@ -6,11 +6,13 @@ does better (`csr.py`) registers rules of its own, which go first.
 
 import abc
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jopt import trees
 from jopt.trace import Leaf, rule
@@ -37,6 +39,11 @@ class Sparse(Leaf):
         """This leaf with another array for each of its own."""
         new = {name: function(getattr(self, name)) for name in self.arrays}
         return dataclasses.replace(self, **new)  # pyright: ignore[reportArgumentType]
+
+    def size(self) -> trees.Size:
+        """Parameters, nonzeros and bits; places without a value hold zeros."""
+        bits = sum(array.size * width for array, width in self.storage().values())
+        return trees.Size(math.prod(self.shape), int(np.count_nonzero(self.values)), bits)
 
     def transposed(self, permutation: Sequence[int]) -> "Sparse | None":
         """This leaf with its axes in another order; None where that moves what is packed."""
