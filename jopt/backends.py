@@ -35,7 +35,10 @@ class Choices:
 # cuda and tpu: XLA's own convolutions are the vendor's; not yet measured by us.
 CHOICES = {
     "cpu": Choices(
-        convolution="slices", pooling="reshape", loops_convolutions=False, weights_alone="tiled",
+        convolution="slices",
+        pooling="reshape",
+        loops_convolutions=False,
+        weights_alone="tiled",
         sparse=0.125,
     ),
     "cuda": Choices(

@@ -101,7 +101,7 @@ def pack(
         raise ValueError(
             f'`prune.pack(params, "{form}")` does not fit {len(wrong)} of {len(report)} weights:\n'
             + "\n".join(f"  `{path}`: {reason}" for path, reason in wrong.items())
-            + '\nLeave them out with `where=`, choose another form, or leave them dense with '
+            + "\nLeave them out with `where=`, choose another form, or leave them dense with "
             '`unfit="skip"`. `sites=jopt.sites(apply, params, *inputs)` says along which axis '
             "the inputs lie."
         )
@@ -230,9 +230,7 @@ def _with_inside(leaf: Any, make: Callable[[np.ndarray], Sparse]) -> Any:
     return PackedLeaf(packed)
 
 
-def _smallest(
-    leaf: Any, made: dict[str, Any], reasons: dict[str, str]
-) -> tuple[Any, Packing]:
+def _smallest(leaf: Any, made: dict[str, Any], reasons: dict[str, str]) -> tuple[Any, Packing]:
     """The smallest of a leaf's forms, if it is smaller than the leaf."""
     before = _bits(leaf)
     sizes = {form: _bits(packed) for form, packed in made.items()}

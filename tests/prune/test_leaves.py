@@ -129,7 +129,12 @@ def test_the_smallest_is_taken_and_what_stays_dense_is_reported():
 
 def test_errors():
     w = np.ones((8, 8), np.float32)
-    params = {"good": DENSE, "bad": w, "odd": np.zeros((6, 8), np.float32), "conv": w.reshape(2, 2, 4, 4)}
+    params = {
+        "good": DENSE,
+        "bad": w,
+        "odd": np.zeros((6, 8), np.float32),
+        "conv": w.reshape(2, 2, 4, 4),
+    }
     with pytest.raises(ValueError) as error:
         prune.pack(params, "nm24")
     text = str(error.value)
@@ -226,9 +231,7 @@ def test_codes_are_packed_and_multiplied_as_ever(form, format):
     assert report["w"].form == form and isinstance(packed["w"], PackedLeaf)
     same_bits(packed["w"].materialise(), np.asarray(stored["w"].materialise()))
     apply = lambda p, x: x @ p["w"]  # noqa: E731
-    np.testing.assert_array_equal(
-        jax.jit(lift(apply))(packed, x), jax.jit(lift(apply))(stored, x)
-    )
+    np.testing.assert_array_equal(jax.jit(lift(apply))(packed, x), jax.jit(lift(apply))(stored, x))
     assert "s32" in jax.jit(lift(apply)).lower(packed, x).compile().as_text()
     size = jopt.size(packed)
     assert size[:2] == jopt.size(stored)[:2] and size.bits == report["w"].bits

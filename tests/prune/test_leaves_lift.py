@@ -101,7 +101,8 @@ def mixed_precision():
 
 
 MODELS = {
-    f.__name__: f for f in (linen_scan, linen_tied, nnx_mlp, equinox_mlp, haiku_mlp, mixed_precision)
+    f.__name__: f
+    for f in (linen_scan, linen_tied, nnx_mlp, equinox_mlp, haiku_mlp, mixed_precision)
 } | {"linen_mlp": linen_mlp, "linen_conv": linen_conv}
 PATTERNS = {"nm24": prune.NM(2, 4), "bits": prune.Unstructured(), "csr": prune.Unstructured()}
 
