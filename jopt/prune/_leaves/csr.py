@@ -91,7 +91,7 @@ def packed(weight: np.ndarray, axis: int) -> CSR:
     number = (np.cumsum(kept, axis=-1, dtype=np.int32) - 1)[where]
     place = (*where[:-2], number, where[-2])
     values[place], inputs[place] = rows[where], where[-1]
-    return CSR(*map(jnp.asarray, (values, inputs, counts)), length, axis)
+    return CSR(jnp.asarray(values), jnp.asarray(inputs), jnp.asarray(counts), length, axis)
 
 
 @rule(jax.lax.dot_general_p, CSR)

@@ -43,27 +43,19 @@ class NM24(Sparse):
         pairs = _divided(values, at, 2)  # [..., groups, 2, ...]
         first, second = (jax.lax.slice_in_dim(pairs, i, i + 1, axis=at + 1) for i in (0, 1))
         bytes = jnp.expand_dims(self.places, at + 1)
-        both = (*bytes.shape[: at + 1], 2, *bytes.shape[at + 2 :])
-        shift = 4 * jax.lax.broadcasted_iota(bytes.dtype, both, at + 1)
-        codes = (jnp.broadcast_to(bytes, both) >> shift) & 15
-        codes = _merged(codes, at)
-        codes = jnp.expand_dims(jax.lax.slice_in_dim(codes, 0, groups, axis=at), at + 1)
-        shape = (*pairs.shape[: at + 1], 4, *pairs.shape[at + 2 :])
-        place = jax.lax.broadcasted_iota(codes.dtype, shape, at + 1)
-
-        def spread(array: jax.Array) -> jax.Array:
-            return jnp.broadcast_to(array, shape)
-
-        rest = jnp.where(spread(codes >> 2) == place, spread(second), jnp.zeros((), values.dtype))
-        dense = jnp.where(spread(codes & 3) == place, spread(first), rest)
+        shift = 4 * _iota(bytes, at + 1, 2)
+        halves = jax.lax.slice_in_dim(_merged((bytes >> shift) & 15, at), 0, groups, axis=at)
+        codes = jnp.expand_dims(halves, at + 1)
+        place = _iota(codes, at + 1, 4)
+        rest = jnp.where(codes >> 2 == place, second, jnp.zeros_like(second))
+        dense = jnp.where(codes & 3 == place, first, rest)
         return _merged(dense, at).astype(self.values.dtype)
 
     def transposed(self, permutation: Sequence[int]) -> "NM24":
         """Both arrays transposed."""
-        moved = self.with_arrays(lambda array: jax.lax.transpose(array, permutation))
+        values, places = (jax.lax.transpose(a, permutation) for a in (self.values, self.places))
         ndim = len(permutation)
-        axis = list(permutation).index(self.axis + ndim) - ndim
-        return dataclasses.replace(moved, axis=axis)  # pyright: ignore[reportReturnType]
+        return NM24(values, places, list(permutation).index(self.axis + ndim) - ndim)
 
 
 def misfit(weight: np.ndarray, axis: int) -> str | None:
@@ -91,8 +83,8 @@ def packed(weight: np.ndarray, axis: int) -> NM24:
     codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, codes.shape[-1] % 2)])
     places = codes[..., 0::2] | codes[..., 1::2] << 4
     values = values.reshape(*moved.shape[:-1], moved.shape[-1] // 2)
-    back = [jnp.asarray(np.moveaxis(array, -1, axis)) for array in (values, places)]
-    return NM24(*back, axis)
+    values, places = (jnp.asarray(np.moveaxis(array, -1, axis)) for array in (values, places))
+    return NM24(values, places, axis)
 
 
 # Helpers, in order of use.
@@ -106,6 +98,13 @@ def _divided(array: jax.Array, at: int, size: int) -> jax.Array:
     """[..., n, ...] to [..., n / size, size, ...]."""
     shape = array.shape
     return array.reshape(*shape[:at], shape[at] // size, size, *shape[at + 1 :])
+
+
+def _iota(array: jax.Array, axis: int, size: int) -> jax.Array:
+    """0 to `size` along `axis`, to broadcast against `array`, of its dtype."""
+    shape = [1] * array.ndim
+    shape[axis] = size
+    return jax.lax.broadcasted_iota(array.dtype, shape, axis)
 
 
 def _merged(array: jax.Array, at: int) -> jax.Array:

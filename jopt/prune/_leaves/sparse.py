@@ -7,7 +7,7 @@ does better (`csr.py`) registers rules of its own, which go first.
 import abc
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -35,10 +35,15 @@ class Sparse(Leaf):
     def matrix_ndim(self) -> int:
         """How many axes, the last ones, are packed together."""
 
-    def with_arrays(self, function: Any) -> "Sparse":
+    def with_arrays(self, function: Callable[[jax.Array], Any]) -> "Sparse":
         """This leaf with another array for each of its own."""
         new = {name: function(getattr(self, name)) for name in self.arrays}
         return dataclasses.replace(self, **new)  # pyright: ignore[reportArgumentType]
+
+    def trainable(self, mark: Callable[[Any], Any]) -> "Sparse":
+        """What of this trains: of the values what `mark` says."""
+        frozen = self.with_arrays(lambda array: False)
+        return dataclasses.replace(frozen, values=mark(self.values))  # pyright: ignore
 
     def size(self) -> trees.Size:
         """Parameters, nonzeros and bits; places without a value hold zeros."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +32,12 @@ class PackedLeaf(Leaf):
     def materialise(self) -> jax.Array:
         """What the typed leaf stands for."""
         return self.unpacked().materialise()
+
+    def trainable(self, mark: Callable[[Any], Any]) -> "PackedLeaf":
+        """What of this trains: what the typed leaf says itself, such as adapters."""
+        if hasattr(type(self.leaf), "trainable"):
+            return PackedLeaf(self.leaf.trainable(mark))
+        return PackedLeaf(jax.tree.map(lambda array: False, self.leaf))
 
     def storage(self) -> dict[str, tuple[Any, int]]:
         """The arrays to keep; values of packed codes take the bits that the codes do."""
