@@ -19,6 +19,7 @@ from ._leaves.within import PackedLeaf
 
 PyTree = Any
 FORMS = ("nm24", "bits", "csr")
+UNUSED = "no product in `sites` has it as its weight"
 
 
 class Packing(NamedTuple):
@@ -54,7 +55,8 @@ def pack(
     Args:
       params: any pytree, pruned: `apply_masks`, or what training with `sparsify` ends with.
       form: one of the above, or `"smallest"`, which takes the least bits for each weight.
-      where: the leaves to pack; by default all of two axes and more that hold numbers.
+      where: the leaves to pack; by default all of two axes and more that hold numbers, of which
+        those that no product in `sites` has stay dense.
       sites: from `jopt.sites`, tells along which axis a weight's inputs lie, and which axes count
         layers. Without it weights are `[..., in, out]`, and of three axes the first counts layers.
       unfit: what to do with a weight that the form does not fit, such as one that is not 2:4:
@@ -85,6 +87,7 @@ def pack(
         )
     chosen = trees.select(params, _default if where is None else where, caller="prune.pack")
     wanted = FORMS if form == "smallest" else (form,)
+    used = None if sites is None else {path for site in sites for path in site.paths}
     new, report, wrong = [], {}, {}
     pairs = zip(trees.items(params), jax.tree.leaves(chosen), strict=True)
     for (path, leaf), mine in pairs:
@@ -92,6 +95,10 @@ def pack(
             new.append(leaf)
             continue
         _check(path, leaf)
+        if where is None and used is not None and path not in used:
+            new.append(leaf)
+            report[path] = Packing("dense", _bits(leaf), _bits(leaf), UNUSED)
+            continue
         made, misfits, large = _forms(path, leaf, wanted, sites)
         if unfit == "error" and form in misfits:
             wrong |= {path: misfits[form]}

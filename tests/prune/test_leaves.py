@@ -56,11 +56,8 @@ def test_every_bit_comes_back(form, dtype, shape, density, seed):
         assert form != "nm24" and density > 0.5
         return
     assert isinstance(leaf, FORMS[form]) and leaf.shape == shape and leaf.dtype == w.dtype
-    same_bits(leaf.materialise(), w)
-    same_bits(jax.jit(lambda leaf: leaf.materialise())(leaf), w)
-    if shape[0] == 3:
-        same_bits(jax.vmap(lambda leaf: leaf.materialise())(leaf), w)
-        same_bits(jax.lax.map(lambda leaf: leaf.materialise(), leaf), w)
+    whole = type(leaf).materialise
+    same_bits(jax.jit(jax.vmap(whole) if len(shape) == 3 else whole)(leaf), w)
 
 
 def test_layout_of_the_formats():
@@ -122,6 +119,11 @@ def test_the_smallest_is_taken_and_what_stays_dense_is_reported():
         assert row.bits == jopt.size(packed[name]).bits <= row.bits_before
         assert row.bits_before == jopt.size(params[name]).bits
     jax.tree.map(np.testing.assert_array_equal, prune.unpack(packed), params)
+    # What no product has as its weight is left, unless it is named.
+    found = jopt.sites(lambda p, x: x @ p["few"], params, np.zeros((1, 512), np.float32))
+    packed, rows = prune.pack(params, sites=found)
+    assert isinstance(packed["few"], CSR) and packed["some"] is params["some"]
+    assert rows["some"].reason == "no product in `sites` has it as its weight"
     # A form that fits but does not pay is no error.
     again, report = prune.pack(params, "csr", where=["some", "few"])
     assert report["some"].reason.startswith("`csr` would take") and isinstance(again["few"], CSR)

@@ -142,7 +142,7 @@ def test_tied_tables_and_transposed_kernels():
         packed = prune.pack({"table": table}, form)[0]
         apply = lambda p, ids: p["table"][ids] @ p["table"].T  # noqa: E731
         np.testing.assert_allclose(
-            lift(apply)(packed, IDS), apply({"table": table}, IDS), rtol=1e-5, atol=1e-6
+            jax.jit(lift(apply))(packed, IDS), apply({"table": table}, IDS), rtol=1e-5, atol=1e-6
         )
     pairs = prune.apply_masks(*_masked((64, 32), 0.5, prune.NM(2, 4)))
     turned = prune.pack(pairs, "nm24", where="**")[0].transposed((1, 0))
@@ -259,7 +259,7 @@ def test_pruned_training_ends_in_packed_leaves():
 
 def _masked(shape, sparsity, pattern=PATTERNS["bits"]):
     w = jax.random.normal(jax.random.key(0), shape)
-    return w, prune.masks(w, sparsity, pattern=pattern)
+    return w, jax.jit(lambda w: prune.masks(w, sparsity, pattern=pattern))(w)
 
 
 @functools.cache
