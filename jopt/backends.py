@@ -32,6 +32,9 @@ class Choices:
 # slices with reshape pooling scanned 0.84 (docs/benchmarks.md).
 # cpu, a product with a weight of int8: XLA:CPU never fuses the dequantization into the product, so
 # that a dense weight takes four times the bytes of its codes while it lasts.
+# cpu, a sparse float32 product of 4096 x 4096 on two AMD EPYC cores, JAX 0.10.2, against the dense
+# one: with 1, 8, 64, 512 rows it is 0.9, 1.2, 2.3, 2.0 times as fast at a padded density of 0.17,
+# 1.2, 2.1, 2.3, 3.4 times at 0.118 (scripts/bench_sparse).
 # cuda and tpu: XLA's own convolutions are the vendor's; not yet measured by us.
 CHOICES = {
     "cpu": Choices(

@@ -140,11 +140,17 @@ def _scattered(
 
 def _wins(leaf: CSR, x: Any) -> bool:
     """Whether skipping zeros was measured to be quicker on CPU."""
-    spread = getattr(jax.typeof(x), "sharding", None)
-    laid_out = spread is not None and any(axis is not None for axis in spread.spec)
+    arrays = (x, leaf.values)
+    floats = all(jnp.issubdtype(array.dtype, jnp.floating) for array in arrays)
     large = leaf.length * leaf.values.shape[-1] >= SMALL
-    floats = all(jnp.issubdtype(a.dtype, jnp.floating) for a in (x, leaf.values))
-    return floats and large and not laid_out and leaf.density <= backends.choices("cpu").sparse
+    sparse = leaf.density <= backends.choices("cpu").sparse
+    return floats and large and sparse and not any(map(_laid_out, arrays))
+
+
+def _laid_out(array: Any) -> bool:
+    """Whether an array's type says that it is laid out over several devices."""
+    sharding = getattr(jax.typeof(array), "sharding", None)
+    return sharding is not None and any(axis is not None for axis in sharding.spec)
 
 
 def _skipping(x: jax.Array, leaf: CSR, summed: int, side: int) -> jax.Array:
