@@ -49,7 +49,10 @@ def test_round_trip_and_bytes(tmp_path, form, dtype):
     expected = jax.tree.leaves(packed)
     for array, kept in zip(loaded.arrays.values(), expected, strict=True):
         assert array.dtype == kept.dtype and array.tobytes() == np.asarray(kept).tobytes()
-    np.testing.assert_array_equal(loaded(x), jax.jit(lift(model))(packed, x))
+    found, wanted = (np.float64(y) for y in (loaded(x), jax.jit(lift(model))(packed, x)))
+    # Between programs XLA may or may not round what lies between two operations to bfloat16.
+    slack = 0.0 if dtype == np.float32 else 0.02
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=slack * np.abs(wanted).max())
 
     count = sum(w.size for w in params.values())
     nonzeros = sum(np.count_nonzero(w) for w in params.values())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import jopt
 from jopt import prune
 from jopt.prune import CSR, NM24, BitSparse, PackedLeaf
-from jopt.quant import Int, Spec, lora, qat, quantize
+from jopt.quant import Int, Spec, lora, qat, quantize, trainable
 from jopt.trace import lift
 
 FORMS = {"nm24": NM24, "bits": BitSparse, "csr": CSR}
@@ -250,6 +250,30 @@ def test_codes_are_packed_and_multiplied_as_ever(form, format):
     np.testing.assert_allclose(lift(apply)(adapted, x), lift(apply)(stored, x), rtol=1e-5)
     inside = prune.pack(lora(stored, "w", 2, key=jax.random.key(0)), form, where="w")[0]
     np.testing.assert_allclose(lift(apply)(inside, x), lift(apply)(stored, x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_codes_of_stacked_layers_are_scanned(form):
+    w = two_of_four(np.random.default_rng(4), (3, 64, 64), -2, 0.1).astype(np.float32)
+    stored = quantize(jnp.asarray(w), Spec(Int(8), Int(8)))
+    packed = prune.pack(stored, form, where="**")[0]
+    scanned = lift(lambda w, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0])
+    x = jax.random.normal(jax.random.key(0), (2, 64))
+    assert isinstance(packed, PackedLeaf)
+    np.testing.assert_array_equal(jax.jit(scanned)(packed, x), jax.jit(scanned)(stored, x))
+
+
+def test_what_trains():
+    w = {"w": jnp.eye(64), "bias": jnp.ones(64)}
+    leaf = prune.pack(w, "bits")[0]
+    assert jax.tree.leaves(trainable(leaf)) == [True, False, True]  # bias, words, values
+    grads = jax.grad(lambda p: jnp.sum(lift(lambda p: p["w"] @ p["bias"])(p)), allow_int=True)(leaf)
+    np.testing.assert_array_equal(grads["w"].values, np.ones(64))
+    codes = prune.pack(quantize(w, Int(8)), "bits")[0]
+    assert not any(jax.tree.leaves(trainable(codes["w"])))
+    adapted = lora({"w": quantize(w, Int(8))["w"]}, "w", 1, key=jax.random.key(0))
+    inside = trainable(prune.pack(adapted, "bits")[0])["w"].leaf
+    assert inside.down and inside.up and not any(jax.tree.leaves(inside.base))
 
 
 def test_zero_points_and_leaves_that_train():
