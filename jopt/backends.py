@@ -22,6 +22,9 @@ class Choices:
     # How a product of floats and quantized weights runs where no time was measured (`jopt.quant`
     # has a table of times for cpu): "dense" dequantizes the whole weight, "tiled" a part at a time.
     weights_alone: str
+    # The density, padding included, up to which a product that skips a weight's zeros
+    # (`jopt.prune.CSR`) wins over the dense product; 0: never, or not measured.
+    sparse: float
 
 
 # cpu, measured on two AMD EPYC cores, JAX 0.10.2, one epoch of the classic CIFAR-10 network against
@@ -29,16 +32,23 @@ class Choices:
 # slices with reshape pooling scanned 0.84 (docs/benchmarks.md).
 # cpu, a product with a weight of int8: XLA:CPU never fuses the dequantization into the product, so
 # that a dense weight takes four times the bytes of its codes while it lasts.
+# cpu, a sparse float32 product of 4096 x 4096 on two AMD EPYC cores, JAX 0.10.2, against the dense
+# one: with 1, 8, 64, 512 rows it is 0.9, 1.2, 2.3, 2.0 times as fast at a padded density of 0.17,
+# 1.2, 2.1, 2.3, 3.4 times at 0.118 (scripts/bench_sparse).
 # cuda and tpu: XLA's own convolutions are the vendor's; not yet measured by us.
 CHOICES = {
     "cpu": Choices(
-        convolution="slices", pooling="reshape", loops_convolutions=False, weights_alone="tiled"
+        convolution="slices",
+        pooling="reshape",
+        loops_convolutions=False,
+        weights_alone="tiled",
+        sparse=0.125,
     ),
     "cuda": Choices(
-        convolution="lax", pooling="lax", loops_convolutions=True, weights_alone="dense"
+        convolution="lax", pooling="lax", loops_convolutions=True, weights_alone="dense", sparse=0.0
     ),
     "tpu": Choices(
-        convolution="lax", pooling="lax", loops_convolutions=True, weights_alone="dense"
+        convolution="lax", pooling="lax", loops_convolutions=True, weights_alone="dense", sparse=0.0
     ),
 }
 

@@ -2,7 +2,7 @@
 
 Scores, patterns, scopes, schedules (`jopt.schedules`) and application are independent: any goes
 with any. Masks are for research, for hand-off, and for what comes after them: a product with masked
-weights takes the time of a dense one.
+weights takes the time of a dense one. `pack` stores pruned weights without their zeros.
 """
 
 from ._blocks import Block as Block
@@ -12,11 +12,18 @@ from ._dynamic import DynamicState as DynamicState
 from ._dynamic import rigl as rigl
 from ._dynamic import set as set
 from ._dynamic import static as static
+from ._leaves.bits import BitSparse as BitSparse
+from ._leaves.csr import CSR as CSR
+from ._leaves.nm24 import NM24 as NM24
+from ._leaves.within import PackedLeaf as PackedLeaf
 from ._masks import Kept as Kept
 from ._masks import apply_masks as apply_masks
 from ._masks import masks as masks
 from ._masks import misfits as misfits
 from ._masks import report as report
+from ._pack import Packing as Packing
+from ._pack import pack as pack
+from ._pack import unpack as unpack
 from ._packed import Packed as Packed
 from ._packed import masks_of as masks_of
 from ._patterns import NM as NM

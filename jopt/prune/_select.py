@@ -122,23 +122,7 @@ def reasons(selection: Selection, pattern: Pattern, sites: Sequence[Site] | None
     return {path: reason for path, reason in pairs if reason}
 
 
-# Helpers, in order of use.
-
-
-def _fits(
-    selection: Selection, pattern: Pattern, sites: Sequence[Site] | None
-) -> tuple[list[int], list[str | None]]:
-    axes, found = [], []
-    for path, weight in zip(selection.chosen_paths, selection.chosen_weights, strict=True):
-        axis, reason = -2, None
-        if pattern.along_inputs and sites is not None:
-            axis, reason = _summed(sites, path, jnp.shape(weight))
-        axes.append(axis)
-        found.append(reason or pattern.misfit(jnp.shape(weight), axis))
-    return axes, found
-
-
-def _summed(sites: Sequence[Site], path: str, shape: tuple[int, ...]) -> tuple[int, str | None]:
+def summed(sites: Sequence[Site], path: str, shape: tuple[int, ...]) -> tuple[int, str | None]:
     """The axis along which groups of inputs lie, or why it cannot be said."""
     found = set()
     for site in sites:
@@ -155,6 +139,22 @@ def _summed(sites: Sequence[Site], path: str, shape: tuple[int, ...]) -> tuple[i
     if len(found) > 1:
         return -2, f"its products sum over different axes: {sorted(found)}"
     return (found.pop(), None) if found else (-2, "no product in `sites` has it as its weight")
+
+
+# Helpers, in order of use.
+
+
+def _fits(
+    selection: Selection, pattern: Pattern, sites: Sequence[Site] | None
+) -> tuple[list[int], list[str | None]]:
+    axes, found = [], []
+    for path, weight in zip(selection.chosen_paths, selection.chosen_weights, strict=True):
+        axis, reason = -2, None
+        if pattern.along_inputs and sites is not None:
+            axis, reason = summed(sites, path, jnp.shape(weight))
+        axes.append(axis)
+        found.append(reason or pattern.misfit(jnp.shape(weight), axis))
+    return axes, found
 
 
 def _matrices(path: str, leaf: Any) -> bool:
