@@ -212,9 +212,7 @@ def _chunk(z: jax.Array, task: _Task) -> tuple[jax.Array, jax.Array]:
     """
     temperature, weight = task.temperature, task.weight
     z, top, total = _exponents(z)
-    own, hard = None, jnp.zeros((), z.dtype)
-    if task.labels is not None:
-        own, hard, sure = _named(z, top, task)
+    named = None if task.labels is None else _named(z, top, task)
     if isinstance(task.teacher, TopK):
         log_q = z - top - total
         soft, target = _target(log_q, task)
@@ -233,7 +231,8 @@ def _chunk(z: jax.Array, task: _Task) -> tuple[jax.Array, jax.Array]:
         slope = jnp.exp(z - top - total) - jnp.exp(t - best - mass)
     loss = weight * temperature**2 * _unbounded(soft)
     slope = (weight * temperature) * slope
-    if own is not None:
+    if named is not None:
+        own, hard, sure = named
         loss = loss + (1 - weight) * _unbounded(hard)
         q = jnp.exp((z - top) * temperature - sure)
         slope = slope + (1 - weight) * jnp.where(own, q - 1, q)
