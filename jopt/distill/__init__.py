@@ -22,8 +22,8 @@ from ._features import similarity as similarity
 from ._hard import hard as hard
 from ._hard import mixed as mixed
 from ._hard import sequence as sequence
-from ._head import Head as Head
 from ._head import fused_kd as fused_kd
+from ._heads import Head as Head
 from ._logits import js as js
 from ._logits import kd as kd
 from ._logits import reverse_kl as reverse_kl

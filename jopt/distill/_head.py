@@ -6,7 +6,6 @@ with respect to hidden states and head are kept: no product is done twice, and n
 the logits ever exists.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -14,34 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jopt import trees
 from jopt.trace import lift
 
-from ._cached import TopK, check_cached, log_rest, safe
-from ._examples import (
-    check_floats,
-    check_labels,
-    check_temperature,
-    check_weight,
-    check_where,
-    count,
-    dtype_of,
-)
+from ._cached import TopK, log_rest, safe
+from ._examples import check_temperature, count, dtype_of
+from ._heads import Head, as_head, check_heads
 from ._logits import divergence
 
-_BLOCK = 1 << 22  # entries of the head's gradient that are added to at a time
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["kernel", "bias"], meta_fields=["tied"]
-)
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """The last layer of a model: logits = hidden · kernel + bias."""
-
-    kernel: Any  # [width, classes], or an embedding [classes, width] where tied
-    bias: Any = None  # [classes]
-    tied: bool = False  # the kernel is the embedding of the tokens, used the other way round
+_BLOCK = 1 << 21  # entries of the head's gradient that are added to at a time
 
 
 class _Task(NamedTuple):
@@ -65,7 +44,7 @@ def fused_kd(
     weight: jax.typing.ArrayLike = 1.0,
     temperature: jax.typing.ArrayLike = 1.0,
     where: jax.Array | None = None,
-    chunk: int = 128,
+    chunk: int = 256,
 ) -> jax.Array:
     """`kd` (and cross-entropy) from hidden states and heads, without ever holding all logits.
 
@@ -73,7 +52,7 @@ def fused_kd(
 
     Loss and gradients are those of `mixed(hard(...), kd(...))` on the logits, to rounding. They are
     computed together, `chunk` tokens at a time, whenever a gradient is asked for; without one only
-    the loss is. Temporary memory is a few arrays of `[chunk, classes]`. Products are accumulated in
+    the loss is. Temporary memory is three arrays of `[chunk, classes]`. Products are accumulated in
     float32; logits and what follows are float32.
 
     Args:
@@ -87,7 +66,7 @@ def fused_kd(
         factor of the soft loss.
       temperature: T, above 0; a number or a scalar array. A `TopK` brings its own.
       where: booleans `[...]`, False for tokens that do not count.
-      chunk: tokens at a time. Fewer take less memory; less than about 100 are slower.
+      chunk: tokens at a time. Fewer take less memory and, below 256 or so, more time.
 
     Returns:
       A float32 scalar. Gradients flow to `student` and `head` alone, not to `temperature` or
@@ -108,9 +87,9 @@ def fused_kd(
       Hsu, Dai, Kothapalli, Song, Tang, Zhu, Shimizu, Sahni, Ning, Chen, "Liger Kernel: Efficient
       Triton Kernels for LLM Training", 2024, arXiv 2410.10989 (gradients in the forward pass).
     """
-    head = _as_head(head)
-    given = None if teacher_head is None else _as_head(teacher_head)
-    _check(student, head, teacher, given, labels, weight, where)
+    head = as_head(head)
+    given = None if teacher_head is None else as_head(teacher_head)
+    check_heads(student, head, teacher, given, labels, weight, where)
     if isinstance(teacher, TopK):
         temperature = teacher.temperature
     check_temperature("fused_kd", temperature)
@@ -134,10 +113,6 @@ def fused_kd(
 
 
 # Helpers, in order of use.
-
-
-def _as_head(head: Any) -> Head:
-    return head if isinstance(head, Head) else Head(head)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -181,7 +156,7 @@ def _pass(
             task.weight,
         )
         h = _counted(cut(hidden), part.where)
-        more, slope = _chunk(_logits(head, h, dtype), part)
+        more, slope = _chunk(_logits(head, h, task.temperature), part)
         if slopes is not None:
             slopes = _added(slopes, slope * share, h, head, begin)
         return loss + more * share, slopes
@@ -200,48 +175,99 @@ def _counted(x: jax.Array, where: jax.Array | None) -> jax.Array:
     return x if where is None else jnp.where(where[:, None], x, jnp.zeros((), x.dtype))
 
 
-def _logits(head: Head, hidden: jax.Array, wide: Any) -> jax.Array:
-    """`[tokens, classes]` in the dtype `wide`; a typed kernel multiplies by its own rule."""
+def _logits(head: Head, hidden: jax.Array, temperature: jax.Array) -> jax.Array:
+    """`[tokens, classes]` over the temperature, whose dtype they have.
+
+    A typed kernel multiplies by its own rule.
+    """
+    wide = temperature.dtype
+    early = hidden.dtype == wide  # dividing a low precision would round once more
 
     def product(kernel: jax.Array, x: jax.Array) -> jax.Array:
         return _product(x, kernel, 1, 1 if head.tied else 0)
 
-    logits = lift(product, allow_dense=True)(head.kernel, hidden)
-    logits = logits.astype(wide)
-    return logits if head.bias is None else logits + head.bias.astype(wide)[None]
+    hidden = hidden / temperature if early else hidden
+    logits = lift(product, allow_dense=True)(head.kernel, hidden).astype(wide)
+    logits = logits if early else logits / temperature
+    if head.bias is None:
+        return logits
+    return _bounded(logits + (head.bias.astype(wide) / temperature)[None])
+
+
+def _bounded(logits: jax.Array) -> jax.Array:
+    """Minus infinity, of a class ruled out, becomes the least number: 0 · infinity is none."""
+    return jnp.maximum(logits, jnp.finfo(logits.dtype).min)
+
+
+def _unbounded(loss: jax.Array) -> jax.Array:
+    """The loss, infinite again where a class ruled out has made it."""
+    return jnp.where(loss > 1e30, jnp.inf, loss)
 
 
 def _chunk(z: jax.Array, task: _Task) -> tuple[jax.Array, jax.Array]:
-    """The sum of a chunk's losses, and its gradient with respect to the logits `z`."""
+    """The sum of a chunk's losses, and its gradient with respect to the logits; `z` is these / T.
+
+    Written so that XLA keeps no array of this size but the student's logits, the teacher's, and the
+    gradient; distributions are computed where they are used, and again where they are used again.
+    """
     temperature, weight = task.temperature, task.weight
-    log_q = jax.nn.log_softmax(z / temperature, axis=-1)
-    soft, target = _target(log_q, task)
-    loss = weight * temperature**2 * soft
-    slope = (weight * temperature) * (jnp.exp(log_q) - target)
-    if task.labels is not None:
-        log_s = jax.nn.log_softmax(z, axis=-1)
-        columns = lax.broadcasted_iota(task.labels.dtype, z.shape, 1)
-        own = columns == task.labels[:, None]
-        hard = -jnp.sum(jnp.where(own, log_s, 0.0), axis=-1)
-        named = (task.labels >= 0) & (task.labels < z.shape[-1])
-        loss = loss + (1 - weight) * jnp.where(named, hard, jnp.nan)
-        slope = slope + (1 - weight) * jnp.where(own, jnp.exp(log_s) - 1, jnp.exp(log_s))
+    z, top, total = _exponents(z)
+    named = None if task.labels is None else _named(z, top, task)
+    if isinstance(task.teacher, TopK):
+        log_q = z - top - total
+        soft, target = _target(log_q, task)
+        slope = jnp.exp(log_q) - target
+    else:
+        teacher = _counted(task.teacher, task.where)
+        t = _bounded(teacher.astype(z.dtype) / temperature)
+        if task.head is not None:
+            t = _logits(task.head, teacher, temperature)
+        t, best, mass = _exponents(t)
+        shift = best + mass  # which is rounded, so that exp(t - shift) do not quite sum to 1
+        soft = jnp.sum(jnp.exp(t - shift) * (t - z), axis=-1) / jnp.exp(best - shift + mass)[:, 0]
+        soft = soft + (top - best + total - mass)[:, 0]
+        # Behind this p is computed again rather than kept from one use to the next.
+        z, t, soft = lax.optimization_barrier((z, t, soft))
+        slope = jnp.exp(z - top - total) - jnp.exp(t - best - mass)
+    loss = weight * temperature**2 * _unbounded(soft)
+    slope = (weight * temperature) * slope
+    if named is not None:
+        own, hard, sure = named
+        loss = loss + (1 - weight) * _unbounded(hard)
+        q = jnp.exp((z - top) * temperature - sure)
+        slope = slope + (1 - weight) * jnp.where(own, q - 1, q)
     if task.where is not None:
         loss = jnp.where(task.where, loss, 0.0)
         slope = jnp.where(task.where[:, None], slope, 0.0)
     return jnp.sum(loss), slope
 
 
+def _exponents(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`z`; the largest of each row, and the logarithm of its sum of exp(z - largest), `[rows, 1]`.
+
+    Behind the barrier the difference is computed again rather than kept.
+    """
+    top = jnp.max(z, axis=-1, keepdims=True)
+    total = jnp.log(jnp.sum(jnp.exp(z - top), axis=-1, keepdims=True))
+    return lax.optimization_barrier((z, top, total))
+
+
+def _named(z: jax.Array, top: jax.Array, task: _Task) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which class each label names, its cross-entropy, and the logarithm of the sum it needs."""
+    labels = task.labels
+    columns = lax.broadcasted_iota(labels.dtype, z.shape, 1)
+    sharp = (z - top) * task.temperature
+    sure = jnp.log(jnp.sum(jnp.exp(sharp), axis=-1, keepdims=True))
+    named = (labels >= 0) & (labels < z.shape[-1])
+    index = jnp.where(named, labels, 0)[:, None]
+    given = jnp.take_along_axis(sharp, index, axis=-1)
+    hard = jnp.where(named, (sure - given)[:, 0], jnp.nan)
+    return columns == labels[:, None], hard, sure
+
+
 def _target(log_q: jax.Array, task: _Task) -> tuple[jax.Array, jax.Array]:
     """The soft loss of each token over T², and the distribution that its gradient leads to."""
-    teacher, dtype = task.teacher, task.temperature.dtype
-    if not isinstance(teacher, TopK):
-        teacher = _counted(teacher, task.where)
-        logits = teacher if task.head is None else _logits(task.head, teacher, dtype)
-        logits = logits.astype(dtype)
-        log_p = jax.nn.log_softmax(logits / task.temperature, axis=-1)
-        return divergence(log_p, log_q), jnp.exp(log_p)
-    best, indices, tail = safe(teacher, task.where, dtype)
+    best, indices, tail = safe(task.teacher, task.where, log_q.dtype)
     rest = log_rest(log_q, indices)
     log_p = jnp.concatenate([best, tail[:, None]], axis=-1)
     ours = jnp.concatenate([jnp.take_along_axis(log_q, indices, axis=-1), rest[:, None]], axis=-1)
@@ -298,61 +324,3 @@ def _product(a: jax.Array, b: jax.Array, left: int, right: int) -> jax.Array:
         (((left,), (right,)), ((), ())),
         preferred_element_type=dtype_of(a, b),
     )
-
-
-def _check(
-    student: Any, head: Head, teacher: Any, given: Head | None, labels: Any, weight: Any, where: Any
-) -> None:
-    """Refuses what does not fit together."""
-    check_floats("fused_kd", {"student": student}, "hidden states")
-    if trees.is_typed(head.kernel):
-        raise TypeError(
-            "`fused_kd(student, head, ...)` learns the head's kernel, which is a typed leaf "
-            f"({type(head.kernel).__name__}): pass `head.kernel.materialise()`."
-        )
-    leading = jnp.shape(student)[:-1]
-    classes = _classes("head", head, jnp.shape(student))
-    if isinstance(teacher, TopK):
-        shape = jax.ShapeDtypeStruct((*leading, classes), dtype_of(student))
-        check_cached("fused_kd", shape, teacher)
-        theirs, found = classes, leading
-    else:
-        check_floats("fused_kd", {"student": student, "teacher": teacher}, "floats")
-        shape = jnp.shape(teacher)
-        theirs = shape[-1] if given is None else _classes("teacher_head", given, shape)
-        found = shape[:-1]
-    if found != leading:
-        raise ValueError(
-            f"`fused_kd(student, head, teacher, ...)` expects the same tokens: student has "
-            f"{list(leading)}, teacher {list(found)}."
-        )
-    if theirs != classes:
-        raise ValueError(
-            f"`fused_kd(...)` expects the same classes: the student's head has {classes}, the "
-            f"teacher {theirs}."
-        )
-    check_weight("fused_kd", "weight", weight)
-    check_where("fused_kd", where, leading)
-    if labels is not None:
-        check_labels("fused_kd", labels, leading)
-    elif isinstance(weight, int | float) and weight != 1:
-        raise ValueError(f"`fused_kd(..., weight={weight})` weighs against labels: pass `labels=`.")
-
-
-def _classes(name: str, head: Head, hidden: tuple[int, ...]) -> int:
-    width, classes = 0, 0
-    kernel = jax.eval_shape(lift(lambda kernel: kernel, allow_dense=True), head.kernel)
-    if kernel.ndim == 2 and hidden:
-        width, classes = kernel.shape[::-1] if head.tied else kernel.shape
-    if not hidden or width != hidden[-1]:
-        layout = "[classes, width] (tied)" if head.tied else "[width, classes]"
-        raise ValueError(
-            f"`fused_kd(..., {name})` expects a kernel {layout} for hidden states "
-            f"{list(hidden)}; it is {list(kernel.shape)}."
-        )
-    if head.bias is not None and jnp.shape(head.bias) != (classes,):
-        raise ValueError(
-            f"`fused_kd(..., {name})` expects a bias [{classes}]; it is "
-            f"{list(jnp.shape(head.bias))}."
-        )
-    return classes

@@ -263,14 +263,6 @@ class Sparsity(Block):
         return self
 
 
-class Distillation(Block):
-    """Soft labels: (1 - weight) · cross-entropy + weight · T² · KL(teacher ‖ student)."""
-
-    teacher: str = Field(description="name of an earlier stage")
-    temperature: Positive = 4.0
-    weight: Fraction = 0.9
-
-
 class IntFormat(Block):
     """Integers of `bits` bits."""
 

@@ -1,8 +1,9 @@
 """One training stage: the loss, the chain, the step, and the loop over device-resident data."""
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ import optax
 from jopt import distill, prune, quant, train
 from jopt.recipe import _schema as schema
 from jopt.recipe import _tables as tables
-from jopt.recipe._model import Model, inference, training
+from jopt.recipe._distilling import Lesson
+from jopt.recipe._model import Model, training
 from jopt.recipe._task import Task
 
 PyTree = Any
@@ -29,29 +31,35 @@ class Place:
     progress: bool
 
 
-def fit(config: schema.Fit, model: Model, teacher: Model | None, task: Task, place: Place) -> Model:
+def fit(
+    config: schema.Fit, model: Model, teachers: Sequence[Model], task: Task, place: Place
+) -> Model:
     """Trains `model` as the stage says, going on from its newest checkpoint."""
+    lesson = _lesson(config, model, teachers, task)
     feed = train.Feed(
-        task.train,
+        task.train if lesson is None else lesson.arrays(),
         config.batch_size,
         seed=place.seed,
         transform=task.transform(tables.augmentation(config.augment)),
     )
-    steps = round(config.epochs * feed.steps_per_epoch)
+    steps = stage_steps(config, task)
     tx = chain(config, model, epoch=feed.steps_per_epoch, steps=steps)
-    step = train.make_step(_loss(config, model, teacher, task), tx)
+    loss, params, collections = _loss(config, model, task), model.params, model.collections
     key = jax.random.key(place.seed)
-    state = train.init(model.params, tx, collections=model.collections, key=key)
-    log = train.MetricLog(place.folder, every=LOGGED, tensorboard=True)
+    if lesson is not None:
+        rule = tables.optimizer(config.optimizer, epoch=feed.steps_per_epoch, steps=steps)
+        tx, loss = lesson.chain(tx, rule), functools.partial(lesson.loss, lesson.variables())
+        params, collections = lesson.begin(params, collections, jax.random.fold_in(key, 1))
     state, _ = train.fit(
-        step,
-        state,
+        train.make_step(loss, tx),
+        train.init(params, tx, collections=collections, key=key),
         feed,
         steps=steps,
         checkpoints=train.Checkpoints(place.folder / "checkpoints"),
-        log=log,
+        log=train.MetricLog(place.folder, every=LOGGED, tensorboard=True),
         progress=train.Progress(place.title) if place.progress else None,
     )
+    state = state if lesson is None else lesson.finish(state)
     masks = model.masks
     if config.sparsity is not None:
         masks = prune.masks_of(state.opt_state[-1])
@@ -60,6 +68,18 @@ def fit(config: schema.Fit, model: Model, teacher: Model | None, task: Task, pla
     return dataclasses.replace(
         model, params=state.params, collections=state.collections, masks=masks
     )
+
+
+def stage_steps(config: schema.Fit, task: Task) -> int:
+    """The steps of a stage."""
+    return round(config.epochs * (task.train_size // config.batch_size))
+
+
+def check_lesson(config: schema.Fit, model: Model, teachers: Sequence[Model], task: Task) -> None:
+    """Says what of a distilling stage cannot work; models may be of shapes alone."""
+    lesson = _lesson(config, model, teachers, task)
+    if lesson is not None:
+        lesson.check()
 
 
 def chain(
@@ -79,12 +99,27 @@ def chain(
     return optax.chain(*links)
 
 
+def _lesson(
+    config: schema.Fit, model: Model, teachers: Sequence[Model], task: Task
+) -> Lesson | None:
+    if config.distill is None:
+        return None
+    return Lesson(
+        config.distill,
+        model,
+        tuple(teachers),
+        task,
+        steps=stage_steps(config, task),
+        batch_size=config.batch_size,
+        smoothing=config.smoothing,
+    )
+
+
 def _loss(
-    config: schema.Fit, model: Model, teacher: Model | None, task: Task
+    config: schema.Fit, model: Model, task: Task
 ) -> Callable[..., tuple[jax.Array, train.Aux]]:
-    """Cross-entropy, mixed with the teacher's soft labels where the stage distills."""
+    """Cross-entropy."""
     forward = training(model.module)
-    soft = config.distill
 
     def loss(
         params: PyTree, batch: dict[str, jax.Array], *, collections: PyTree, key: jax.Array
@@ -92,11 +127,7 @@ def _loss(
         inputs, labels = task.examples(batch)
         logits, collections = forward(params, collections, inputs, key)
         logits = logits.astype(jnp.float32)
-        value = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-        if soft is not None and teacher is not None:
-            target = inference(teacher.module)(teacher.variables, inputs)
-            kd = distill.kd(logits, target, temperature=soft.temperature)
-            value = (1 - soft.weight) * value + soft.weight * kd
+        value = distill.hard(logits, labels, smoothing=config.smoothing)
         accuracy = jnp.mean((jnp.argmax(logits, -1) == labels).astype(jnp.float32))
         return value, train.Aux(collections=collections, metrics={"accuracy": accuracy})
 

@@ -20,6 +20,7 @@ class Model:
     params: PyTree
     collections: PyTree  # what is not trained: {"batch_stats": ...}, or {} where there is none
     masks: PyTree | None = None  # bool, like params: what pruning kept; None before pruning
+    fake: PyTree | None = None  # what `params` were before they were rounded to integers
 
     @property
     def variables(self) -> PyTree:
@@ -49,9 +50,14 @@ def inference(module: Any) -> Callable[[PyTree, jax.Array], jax.Array]:
 
 
 def training(module: Any) -> Callable[..., tuple[jax.Array, PyTree]]:
+    """`forward`, which takes typed leaves."""
+    return jopt.lift(forward(module))
+
+
+def forward(module: Any) -> Callable[..., tuple[jax.Array, PyTree]]:
     """The function `(params, collections, inputs, key) -> (logits, collections)` for training."""
 
-    def forward(
+    def apply(
         params: PyTree, collections: PyTree, inputs: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, PyTree]:
         logits, changed = module.apply(
@@ -63,7 +69,7 @@ def training(module: Any) -> Callable[..., tuple[jax.Array, PyTree]]:
         )
         return logits, {**collections, **changed}
 
-    return jopt.lift(forward)
+    return apply
 
 
 def sparsity_by_path(params: PyTree) -> dict[str, float]:

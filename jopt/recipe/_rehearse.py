@@ -1,6 +1,7 @@
 """A run on shapes alone, before the first step: what a late stage cannot do is said at once."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax
 from jopt import quant
 from jopt.recipe import _schema as schema
 from jopt.recipe import _tables as tables
-from jopt.recipe._fit import chain
+from jopt.recipe._fit import chain, check_lesson
 from jopt.recipe._load import RecipeError
 from jopt.recipe._model import Model, inference
 from jopt.recipe._task import Task
@@ -30,12 +31,13 @@ def rehearse(recipe: schema.Recipe, task: Task) -> None:
         if isinstance(stage, schema.Fit):
             start = models[stage.start] if stage.start else previous
             try:
-                previous = models[stage.name] = _after(stage, start, task)
+                teachers = [models[name] for name in recipe.teachers(stage)]
+                previous = models[stage.name] = _after(stage, start, teachers, task)
             except (ValueError, TypeError) as error:
                 raise RecipeError(f"stage `{stage.name}`: {error}") from error
 
 
-def _after(stage: schema.Fit, start: Model | None, task: Task) -> Model:
+def _after(stage: schema.Fit, start: Model | None, teachers: Sequence[Model], task: Task) -> Model:
     """The shapes of the model that the stage makes from the one it starts from."""
     model = _begin(stage, start, task)
     if stage.batch_size > task.train_size:
@@ -54,9 +56,11 @@ def _after(stage: schema.Fit, start: Model | None, task: Task) -> Model:
         steps = round(stage.epochs * epoch)
         held = dataclasses.replace(model, masks=None)  # masks have values, and here are only shapes
         jax.eval_shape(chain(stage, held, epoch=epoch, steps=steps).init, model.params)
-    if isinstance(stage, schema.Quantize):
+        check_lesson(stage, model, teachers, task)
+    if isinstance(stage, schema.Quantize) or model.fake is not None:
         params = jax.eval_shape(quant.quantize, model.params)
-        model = dataclasses.replace(model, params=params)
+        nearest = not isinstance(stage, schema.Quantize) or stage.method == "rtn"
+        model = dataclasses.replace(model, params=params, fake=model.params if nearest else None)
     return model
 
 
@@ -67,11 +71,14 @@ def _begin(stage: schema.Fit, start: Model | None, task: Task) -> Model:
         variables = dict(jax.eval_shape(module.init, jax.random.key(0), _example(task)))
         return Model(module, variables.pop("params"), variables)
     assert start is not None  # the schema asks the first stage for a model
+    if isinstance(stage, schema.Reconstruct) and start.fake is not None:
+        return dataclasses.replace(start, params=start.fake)
     leaves = jax.tree.leaves(start.params, is_leaf=lambda leaf: isinstance(leaf, quant.QArray))
     if any(isinstance(leaf, quant.QArray) for leaf in leaves):
         raise RecipeError(
             "it starts from integers, which do not train: put it before the `quantize` stage, or "
-            "`start` it from an earlier one."
+            "`start` it from an earlier one. (A `reconstruct` stage goes on from integers that "
+            "`method: rtn` has made.)"
         )
     return start
 

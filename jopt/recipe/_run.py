@@ -76,8 +76,8 @@ def run(
                 record = folder.finished(stage.name) if is_whole(folder) else None
                 record = record or export(stage, start, task, folder, recipe)
             else:
-                teacher = models[stage.distill.teacher] if stage.distill else None
-                outcome = stages.run(stage, start, teacher, task, place)
+                teachers = [models[name] for name in recipe.teachers(stage)]
+                outcome = stages.run(stage, start, teachers, task, place)
                 models[stage.name] = previous = outcome.model
                 record = folder.finished(stage.name) or summarise(outcome, task)
             if folder.finished(stage.name) is None:

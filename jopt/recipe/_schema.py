@@ -21,7 +21,6 @@ from jopt.recipe._blocks import Cosine as Cosine
 from jopt.recipe._blocks import Count as Count
 from jopt.recipe._blocks import Data as Data
 from jopt.recipe._blocks import Digits as Digits
-from jopt.recipe._blocks import Distillation as Distillation
 from jopt.recipe._blocks import Exponential as Exponential
 from jopt.recipe._blocks import IntFormat as IntFormat
 from jopt.recipe._blocks import LearningRate as LearningRate
@@ -30,12 +29,16 @@ from jopt.recipe._blocks import Model as Model
 from jopt.recipe._blocks import Multistep as Multistep
 from jopt.recipe._blocks import Natural as Natural
 from jopt.recipe._blocks import Optimizer as Optimizer
+from jopt.recipe._blocks import Probability as Probability
 from jopt.recipe._blocks import Rule as Rule
 from jopt.recipe._blocks import SimpleCNN as SimpleCNN
 from jopt.recipe._blocks import Sparsity as Sparsity
 from jopt.recipe._blocks import Text as Text
 from jopt.recipe._blocks import WarmupStableDecay as WarmupStableDecay
 from jopt.recipe._blocks import Where as Where
+from jopt.recipe._lessons import Average as Average
+from jopt.recipe._lessons import Distillation as Distillation
+from jopt.recipe._lessons import Reconstruction as Reconstruction
 
 
 class Stage(Block):
@@ -56,6 +59,7 @@ class Fit(Stage):
     batch_size: Count = 64
     optimizer: Optimizer = Optimizer()
     augment: Augment = Augment()
+    smoothing: Probability = Field(default=0.0, description="of the labels, in the cross-entropy")
     sparsity: Sparsity | None = None
     distill: Distillation | None = None
 
@@ -76,7 +80,7 @@ class Train(Fit):
 
 
 class Distill(Fit):
-    """Train a student on a teacher's soft labels."""
+    """Train a student on what a teacher says, and on features of it."""
 
     stage: Literal["distill"]
     model: Model | None = None
@@ -88,6 +92,13 @@ class Sparsify(Fit):
 
     stage: Literal["sparsify"]
     sparsity: Sparsity  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleVariableOverride]
+
+
+class Reconstruct(Fit):
+    """Train a pruned or quantized model to say what its dense self says, zeros and grids kept."""
+
+    stage: Literal["reconstruct"]
+    distill: Reconstruction = Reconstruction()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class Quantize(Fit):
@@ -126,7 +137,9 @@ class Export(Stage):
     )
 
 
-AnyStage = Annotated[Train | Distill | Sparsify | Quantize | Export, Field(discriminator="stage")]
+AnyStage = Annotated[
+    Train | Distill | Sparsify | Reconstruct | Quantize | Export, Field(discriminator="stage")
+]
 
 
 class Recipe(Block):
@@ -176,6 +189,27 @@ class Recipe(Block):
                 models.append(stage.name)
         return self
 
+    def teachers(self, stage: Fit) -> tuple[str, ...]:
+        """The stages whose models teach in this one; for `reconstruct`, by default its dense self.
+
+        Raises:
+          ValueError: if the model of a `reconstruct` stage never was dense.
+        """
+        if stage.distill is None or isinstance(stage.distill.teacher, Average):
+            return ()
+        if stage.distill.teacher is not None:
+            return stage.distill.stages
+        fits: list[Fit] = [other for other in self.stages if isinstance(other, Fit)]
+        places = {other.name: place for place, other in enumerate(fits)}
+        before = stage
+        while before.start or places[before.name]:
+            before = fits[places[before.start] if before.start else places[before.name] - 1]
+            if not isinstance(before, Sparsify | Quantize | Reconstruct) and not before.sparsity:
+                return (before.name,)
+            if getattr(before, "model", None) is not None:
+                break
+        raise ValueError("its model never was dense: name the `teacher`")
+
     @pydantic.model_validator(mode="after")
     def _keeps_zeros(self) -> Self:
         """Whatever rounds a weight to another than its nearest value would move pruned ones."""
@@ -199,5 +233,5 @@ class Recipe(Block):
 def _references_of(stage: Stage) -> list[tuple[str, str]]:
     found = [("start", stage.start)] if stage.start else []
     if isinstance(stage, Fit) and stage.distill is not None:
-        found.append(("teacher", stage.distill.teacher))
+        found += [("teacher", name) for name in stage.distill.stages]
     return found

@@ -1,6 +1,7 @@
 """The stages: each takes a model and gives a model; `run` puts them in order."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,7 +28,11 @@ class Outcome:
 
 
 def run(
-    stage: schema.Fit, start: Model | None, teacher: Model | None, task: Task, place: Place
+    stage: schema.Fit,
+    start: Model | None,
+    teachers: Sequence[Model],
+    task: Task,
+    place: Place,
 ) -> Outcome:
     """Runs one stage that makes a model, or goes on with it from its newest checkpoint."""
     model = _begin(stage, start, task, place)
@@ -35,9 +40,11 @@ def run(
     if isinstance(stage, schema.Quantize):
         model, notes = _calibrated(stage, model, task)
     if stage.epochs > 0:
-        model = fit(stage, model, teacher, task, place)
-    if isinstance(stage, schema.Quantize) and stage.method == "rtn":
-        model = dataclasses.replace(model, params=quant.quantize(model.params))
+        model = fit(stage, model, teachers, task, place)
+    rounds = isinstance(stage, schema.Quantize) and stage.method == "rtn"
+    if rounds or model.fake is not None:
+        fake = model.params
+        model = dataclasses.replace(model, params=quant.quantize(fake), fake=fake)
     return Outcome(model, notes)
 
 
@@ -47,7 +54,7 @@ def _begin(stage: schema.Fit, start: Model | None, task: Task, place: Place) -> 
     if config is not None:
         return initialise(tables.module(config, task), task.inputs, jax.random.key(place.seed))
     assert start is not None  # the schema asks the first stage for a model
-    return start
+    return start if start.fake is None else dataclasses.replace(start, params=start.fake)
 
 
 def _calibrated(stage: schema.Quantize, model: Model, task: Task) -> tuple[Model, tuple[str, ...]]:

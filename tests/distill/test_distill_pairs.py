@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jopt import distill, quant
+from jopt import distill, quant, train
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
@@ -118,6 +118,8 @@ TEACHERS = {
     "linen": (linen(16), "Net/layer_0"),
     "haiku": (haiku(16), "mlp/linear_0"),
     "equinox": (equinox(16), "eqx.nn.MLP/eqx.nn.Linear"),
+    "nnx": (flax_nnx(16), "one/bias/value"),
+    "plain": (plain(16), "hidden"),
     "scanned linen": (deep(4), "Deep/layers[3]"),
     "scanned plain": (scanned(4), "layers[-2]"),
 }
@@ -134,14 +136,15 @@ def name_of(apply, params, name):
 
 # Each student with two teachers, each teacher with one student.
 CASES = [(student, teacher) for student in MODELS for teacher in ("linen", "scanned linen")]
-CASES += [("plain", teacher) for teacher in ("haiku", "equinox", "scanned plain")]
+CASES += [("plain", teacher) for teacher in ("haiku", "equinox", "nnx", "scanned plain")]
+CASES += [("scanned plain", "plain")]
 
 
 @pytest.mark.parametrize(("student", "teacher"), CASES)
 def test_any_student_and_any_teacher_and_one_program(student, teacher):
     (apply, params), name = MODELS[student]
     (wise, wanted), other = TEACHERS[teacher]
-    name = name_of(apply, params, name)
+    name, other = name_of(apply, params, name), name_of(wise, wanted, other)
     both = distill.pairs(apply, wise, {name: other})
     shapes = jax.eval_shape(both, params, wanted, X)
     maps = distill.projections(KEY, shapes.features)
@@ -171,6 +174,31 @@ def test_any_student_and_any_teacher_and_one_program(student, teacher):
     np.testing.assert_allclose(out.teacher, wise(wanted, X), rtol=1e-5, atol=1e-6)
     slope = jax.grad(lambda w: jnp.sum(both(params, w, X).features[name][1]))(wanted)
     assert not any(np.any(x) for x in jax.tree.leaves(slope))
+
+
+def test_the_train_step_with_a_tapped_teacher_is_compiled_once():
+    (apply, params), (wise, wanted) = deep(2), haiku(16)
+    names = {"Deep/layers[0]": "mlp/linear_0", "Deep/layers[-1]": "mlp/linear_1"}
+    both = distill.pairs(apply, wise, names)
+    maps = distill.projections(KEY, jax.eval_shape(both, params, wanted, X).features)
+    traced = []
+
+    def loss(learned, batch):
+        traced.append(1)
+        out = both(learned["model"], batch["teacher"], batch["x"])
+        hints = [distill.hints(*out.features[name], learned["maps"][name]) for name in names]
+        return distill.kd(out.student, out.teacher) + sum(hints)
+
+    tx = optax.sgd(0.1)
+    step = train.make_step(loss, tx)
+    state = train.init({"model": params, "maps": maps}, tx)
+    values, begun = [], 0
+    for i in range(6):
+        wanted = jax.tree.map(lambda x: 1.01 * x, wanted)  # another teacher is no other program
+        state, metrics = step(state, {"x": X + i, "teacher": wanted})
+        values.append(float(metrics["loss"]))
+        begun = begun or len(traced)
+    assert len(traced) == begun and np.all(np.isfinite(values))
 
 
 def test_values_are_those_of_the_layers():

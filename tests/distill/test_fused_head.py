@@ -219,6 +219,40 @@ def test_temporary_memory_is_a_small_part_of_the_naive_losss():
     assert used[1] < 0.2 * used[0], used
 
 
+@pytest.mark.parametrize("labels", [None, np.array([0, 1])])
+def test_classes_ruled_out(labels):
+    hidden, kernel = jnp.ones((2, 1)), jnp.array([[1.0, 2.0, 0.5, 0.0]])
+    both, mine = jnp.array([0.0, 0, -jnp.inf, 0]), jnp.array([0.0, 0, -jnp.inf, -jnp.inf])
+    options = {"labels": labels, "weight": 1.0 if labels is None else 0.5, "temperature": 2.0}
+
+    def fused(kernel, ours, theirs):
+        heads = distill.Head(kernel, ours), distill.Head(2 * kernel, theirs)
+        return distill.fused_kd(hidden, heads[0], hidden, heads[1], chunk=1, **options)
+
+    # What neither allows counts nothing; what only the student rules out is infinite.
+    found, slope = jax.value_and_grad(fused)(kernel, both, mine)
+    z, t = hidden @ kernel, hidden @ (2 * kernel)
+    exact = distill.kd(z + both[None], t + mine[None], temperature=2.0)
+    if labels is not None:
+        exact = 0.5 * exact + 0.5 * distill.hard(z + both[None], labels)
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+    assert np.all(np.isfinite(slope))
+    assert fused(kernel, mine, both) == jnp.inf
+    logits = jnp.array([[0.0, -jnp.inf, 1.0, 2.0]] * 2)
+    found = distill.fused_kd(hidden, kernel, logits, chunk=1)
+    np.testing.assert_allclose(found, distill.kd(z, logits), rtol=1e-5)
+
+
+def test_logits_far_from_zero():
+    hidden = jnp.ones((3, 1))
+    kernel, theirs = jnp.array([[500.0, 501.5, 499.0]]), jnp.array([[-900.0, -902.0, -901.0]])
+    found, slope = jax.value_and_grad(distill.fused_kd, argnums=1)(hidden, kernel, hidden, theirs)
+    exact = [np.float64(x) + shift for x, shift in ((kernel, -500.0), (theirs, 900.0))]
+    log_q, log_p = (x - np.log(np.sum(np.exp(x))) for x in exact)
+    np.testing.assert_allclose(found, np.sum(np.exp(log_p) * (log_p - log_q)), rtol=1e-3)
+    np.testing.assert_allclose(slope, np.exp(log_q) - np.exp(log_p), rtol=1e-5, atol=1e-6)
+
+
 def test_exports():
     shapes = [
         jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in (HIDDEN, KERNEL, THEIRS, THEIR_KERNEL)
