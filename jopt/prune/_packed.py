@@ -1,6 +1,5 @@
 """Masks in the optimizer state, one bit a weight, and how to find them again."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ from jax.core import Tracer
 
 from jopt import trees
 
+from ._bits import pack, packed_axis, unpack
 from ._select import Selection
 
 PyTree = Any
@@ -97,42 +97,6 @@ def with_words(packed: Packed, selection: Selection, words: list[jax.Array]) -> 
     pairs = zip(leaves, selection.chosen, strict=True)
     tree = selection.treedef.unflatten([next(rest) if mine else leaf for leaf, mine in pairs])
     return packed._replace(words=tree)
-
-
-def packed_axis(shape: tuple[int, ...]) -> int:
-    """The axis to pack, from the end: the largest of those that take the fewest bytes."""
-    whole = math.prod(shape)
-    axes = [axis for axis in range(-len(shape), 0) if shape[axis]]
-    words = {axis: whole // shape[axis] * -(-shape[axis] // 8) for axis in axes}
-    return min(axes, key=lambda axis: (words[axis], -shape[axis], axis), default=0)
-
-
-def pack(pruned: jax.Array) -> jax.Array:
-    """Eight booleans to a byte, along `packed_axis`, the first in the lowest bit; padded."""
-    at = packed_axis(pruned.shape) + pruned.ndim
-    rest = -pruned.shape[at] % 8
-    if rest:
-        pruned = jnp.pad(pruned, [(0, rest if axis == at else 0) for axis in range(pruned.ndim)])
-    shape = pruned.shape
-    eights = pruned.reshape(*shape[:at], shape[at] // 8, 8, *shape[at + 1 :])
-    bits = eights.astype(jnp.uint8) << _places(eights.ndim, at + 1)
-    return jnp.sum(bits, axis=at + 1, dtype=jnp.uint8)
-
-
-def unpack(words: jax.Array, axis: int, size: int) -> jax.Array:
-    """The booleans again."""
-    # Axes stay in their order (`jnp.unpackbits` moves one to the end and back), or XLA would lay
-    # the words out that way, and what fuses with this would read them with strides.
-    at = axis + words.ndim
-    eights = jnp.expand_dims(words, at + 1) >> _places(words.ndim + 1, at + 1)
-    shape = (*words.shape[:at], words.shape[at] * 8, *words.shape[at + 1 :])
-    bits = (eights & 1).astype(bool).reshape(shape)
-    return jax.lax.slice_in_dim(bits, 0, size, axis=at)
-
-
-def _places(ndim: int, axis: int) -> np.ndarray:
-    """The numbers of a byte's bits, along one axis."""
-    return np.arange(8, dtype=np.uint8).reshape([8 if i == axis else 1 for i in range(ndim)])
 
 
 def _blank_words(array: Any) -> jax.Array:
