@@ -1,6 +1,5 @@
 """Masks in the optimizer state, one bit a weight, and how to find them again."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ from jax.core import Tracer
 
 from jopt import trees
 
+from ._bits import pack, packed_axis, unpack
 from ._select import Selection
 
 PyTree = Any
@@ -97,25 +97,6 @@ def with_words(packed: Packed, selection: Selection, words: list[jax.Array]) -> 
     pairs = zip(leaves, selection.chosen, strict=True)
     tree = selection.treedef.unflatten([next(rest) if mine else leaf for leaf, mine in pairs])
     return packed._replace(words=tree)
-
-
-def packed_axis(shape: tuple[int, ...]) -> int:
-    """The axis to pack, from the end: the largest of those that take the fewest bytes."""
-    whole = math.prod(shape)
-    axes = [axis for axis in range(-len(shape), 0) if shape[axis]]
-    words = {axis: whole // shape[axis] * -(-shape[axis] // 8) for axis in axes}
-    return min(axes, key=lambda axis: (words[axis], -shape[axis], axis), default=0)
-
-
-def pack(pruned: jax.Array) -> jax.Array:
-    """Eight booleans to a byte, along `packed_axis`; padded with False."""
-    return jnp.packbits(pruned, axis=packed_axis(pruned.shape) + pruned.ndim, bitorder="little")
-
-
-def unpack(words: jax.Array, axis: int, size: int) -> jax.Array:
-    """The booleans again."""
-    bits = jnp.unpackbits(words, axis=axis + words.ndim, count=size, bitorder="little")
-    return bits.astype(bool)
 
 
 def _blank_words(array: Any) -> jax.Array:

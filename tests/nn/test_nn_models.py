@@ -15,6 +15,8 @@ MODELS = {
     "convnet": (nn.ConvNet((4, 8), classes=5), (8, 8, 1)),
     "deep convnet": (nn.ConvNet((4,), classes=5, depth=2, hidden=6, dropout=0.2), (9, 7, 3)),
     "simple": (nn.SimpleCNN(classes=3, initialization="torch"), (8, 8, 3)),
+    "resnet": (nn.ResNet((4, 8), blocks=1, classes=5), (8, 7, 3)),
+    "short resnet": (nn.ResNet((4, 8), blocks=(0, 1), classes=5, strides=2), (9, 8, 1)),
     "transformer": (TRANSFORMER, (8,)),
 }
 
@@ -122,6 +124,60 @@ def test_convnet_statistics_over_devices_are_those_of_the_whole_batch(key):
     np.testing.assert_allclose(parts.reshape(16, 3), logits, rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(changed), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours[0], theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_resnet_20_has_the_parameters_of_the_paper_and_its_shortcuts(key):
+    shapes = jax.eval_shape(nn.ResNet().init, key, jnp.zeros((1, 32, 32, 3)))
+    convolutions = 432 + 6 * 2304 + 4608 + 5 * 9216 + 18_432 + 5 * 36_864
+    norms, shortcuts = 2 * (7 * 16 + 6 * 32 + 6 * 64), 16 * 32 + 32 * 64 + 2 * (32 + 64)
+    assert count(shapes) == convolutions + norms + shortcuts + 650
+    blocks = shapes["params"]
+    assert "shortcut" not in blocks["stage0_block0"] and "shortcut" in blocks["stage1_block0"]
+
+
+def test_resnet_block_adds_what_came_in(key):
+    """Against the same network written with plain operations, with running statistics."""
+    model = nn.ResNet((4, 6), blocks=(1, 1), classes=3, strides=2)
+    x = example((8, 9, 2))
+    variables = start(model, key, x)
+    rng = np.random.default_rng(1)
+    random = {  # so that norms at the beginning are not the identity
+        "params": jax.tree.map(
+            lambda a: a + 0.3 * rng.random(a.shape, np.float32), variables["params"]
+        ),
+        "batch_stats": jax.tree.map(
+            lambda a: a + rng.random(a.shape, np.float32), variables["batch_stats"]
+        ),
+    }
+    params, stats = random["params"], random["batch_stats"]
+
+    def normed(x, strides, *path):
+        own, seen = params, stats
+        for name in path:
+            own, seen = own[name], seen[name]
+        y = jax.lax.conv_general_dilated(
+            x, own["conv"]["kernel"], (strides, strides), "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        scale = own["norm"]["scale"] / np.sqrt(seen["norm"]["var"] + 1e-5)
+        return (y - seen["norm"]["mean"][None, None, None]) * scale[None, None, None] + own["norm"][
+            "bias"
+        ][None, None, None]
+
+    y = np.maximum(normed(x, 2, "stem"), 0)
+    for block, strides in (("stage0_block0", 1), ("stage1_block0", 2)):
+        inner = np.maximum(normed(y, strides, block, "first"), 0)
+        inner = normed(inner, 1, block, "second")
+        through = normed(y, strides, block, "shortcut") if "shortcut" in params[block] else y
+        y = np.maximum(inner + through, 0)
+    head = params["head"]
+    expected = np.asarray(y).mean((1, 2)) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
+    np.testing.assert_allclose(run(model, random, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_resnet_wants_a_number_of_blocks_for_each_width(key):
+    with pytest.raises(ValueError, match="one number of blocks, or one for each width"):
+        start(nn.ResNet((4, 8), blocks=(1,)), key, example((8, 8, 1)))
 
 
 def test_simple_cnn_is_the_classic(key):
