@@ -1,5 +1,7 @@
 """Residual networks for small images, whose size is a few numbers."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import linen
@@ -53,8 +55,8 @@ class ResNet(linen.Module):
                 f"`ResNet(widths={self.widths}, blocks={blocks})` expects one number of blocks, or "
                 "one for each width."
             )
-        options = {"train": train, "momentum": self.momentum, "axis_name": self.axis_name}
-        x = jax.nn.relu(_Normed(self.widths[0], 3, self.strides, **options, name="stem")(x))
+        options = _Options(train, self.momentum, self.axis_name)
+        x = jax.nn.relu(_Normed(self.widths[0], 3, self.strides, options, name="stem")(x))
         for stage, (width, count) in enumerate(zip(self.widths, counts, strict=True)):
             for block in range(count):
                 strides = 2 if stage and not block else 1
@@ -62,19 +64,27 @@ class ResNet(linen.Module):
         return linen.Dense(self.classes, name="head")(jnp.mean(x, axis=(1, 2)))
 
 
+class _Options(NamedTuple):
+    """How all batch normalizations behave."""
+
+    train: bool
+    momentum: float
+    axis_name: str | None
+
+
 class _Block(linen.Module):
     """Two convolutions, added to what came in."""
 
     width: int
     strides: int
-    options: dict[str, bool | float | str | None]
+    options: _Options
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jax.nn.relu(_Normed(self.width, 3, self.strides, **self.options, name="first")(x))
-        y = _Normed(self.width, 3, 1, **self.options, name="second")(y)
+        y = jax.nn.relu(_Normed(self.width, 3, self.strides, self.options, name="first")(x))
+        y = _Normed(self.width, 3, 1, self.options, name="second")(y)
         if x.shape != y.shape:
-            x = _Normed(self.width, 1, self.strides, **self.options, name="shortcut")(x)
+            x = _Normed(self.width, 1, self.strides, self.options, name="shortcut")(x)
         return jax.nn.relu(x + y)
 
 
@@ -84,17 +94,15 @@ class _Normed(linen.Module):
     width: int
     size: int
     strides: int
-    train: bool
-    momentum: float
-    axis_name: str | None
+    options: _Options
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         size = (self.size, self.size)
         x = Conv(self.width, size, self.strides, use_bias=False, kernel_init=_he, name="conv")(x)
         return linen.BatchNorm(
-            use_running_average=not self.train,
-            momentum=self.momentum,
-            axis_name=self.axis_name,
+            use_running_average=not self.options.train,
+            momentum=self.options.momentum,
+            axis_name=self.options.axis_name,
             name="norm",
         )(x)
