@@ -232,3 +232,69 @@ def test_a_line_of_models():
     assert found == ["middle of large", "small of middle of large"]
     assert seen == [("middle", "large"), ("small", "middle of large")]
     assert distill.succession(train, "large", []) == []
+
+
+def test_a_quantized_teacher_spread_over_devices_of_a_student_spread_otherwise():
+    axes = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axes, axes))
+    place = lambda x, *spec: jax.device_put(  # noqa: E731
+        x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    )
+    student, x = params(2, 4), normal(3, 8, 4)
+    wanted = quant.quantize(params(1, 32), [("hidden", quant.Int(8)), ("out", quant.Int(4))])
+    columns = {"hidden": (None, "model"), "out": ("model", None)}
+    sharded = {
+        name: jax.tree.map(
+            lambda x, spec=columns[name]: place(
+                x, *(axis if size > 1 else None for axis, size in zip(spec, x.shape, strict=True))
+            ),
+            leaf,
+        )
+        for name, leaf in wanted.items()
+    }
+    codes = sharded["hidden"].codes
+    assert len({str(shard.index) for shard in codes.addressable_shards}) == 4
+    wise = distill.teacher(apply)
+
+    @jax.jit
+    def slope(student, teacher, x):
+        return jax.value_and_grad(lambda p: distill.kd(apply(p, x), wise(teacher, x)))(student)
+
+    whole = slope(student, wanted, x)
+    split = slope(jax.tree.map(place, student), sharded, place(x, "data", None))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, split, whole)
+
+
+def test_a_teacher_of_another_precision():
+    wanted = params(1, 16)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), wanted)
+    wise, low = distill.teacher(apply), X.astype(jnp.bfloat16)
+    student = params(2)
+
+    def loss(student, teacher, x):
+        return distill.kd(apply(student, X), wise(teacher, x))
+
+    assert wise(half, low).dtype == jnp.bfloat16
+    exact, slope = jax.value_and_grad(loss)(student, wanted, X)
+    found, rough = jax.value_and_grad(loss)(student, half, low)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, exact, rtol=0.1)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(rough))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.05), rough, slope)
+
+
+def test_self_distillation_by_exits_of_one_network():
+    """The deepest exit teaches the others; its own weights learn from labels alone."""
+    exits = params(0) | {"exit": jnp.asarray(normal(5, 8, 3))}
+    labels = jnp.array([0, 2, 1, 1, 0])
+
+    def loss(exits, soft):
+        hidden = jnp.tanh(X @ exits["hidden"])
+        early, last = hidden @ exits["exit"], hidden @ exits["out"]
+        taught = distill.kd(early, last, temperature=2.0)
+        return distill.hard(last, labels) + distill.hard(early, labels) + soft * taught
+
+    with_it, without = (jax.grad(loss)(exits, soft) for soft in (1.0, 0.0))
+    np.testing.assert_allclose(with_it["out"], without["out"], rtol=1e-6)
+    assert np.any(np.abs(with_it["exit"] - without["exit"]) > 1e-3)
