@@ -23,6 +23,7 @@ from ._patterns import NM as NM
 from ._patterns import Pattern as Pattern
 from ._patterns import Unstructured as Unstructured
 from ._phases import ac_dc as ac_dc
+from ._reconstruct import reconstruct as reconstruct
 from ._rewind import rewind as rewind
 from ._saliency import activation_norm as activation_norm
 from ._saliency import fisher as fisher
