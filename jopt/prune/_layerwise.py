@@ -112,9 +112,10 @@ def aims(
     for part in plan.parts:
         if callable(part.sparsity):
             raise ValueError(f"`{caller}(...)` prunes once: `sparsity` is a number, no schedule.")
-        own = [(plan.shapes[i], plan.dense[i]) for i in part.members]
+        shapes = [plan.shapes[i] for i in part.members]
+        dense = [plan.dense[i] for i in part.members]
         sizes = [plan.selection.chosen_weights[i].size for i in part.members]
-        fractions = _scopes.fractions(part.sparsity, scope, *zip(*own, strict=True), sizes)
+        fractions = _scopes.fractions(part.sparsity, scope, shapes, dense, sizes)
         levels.update(zip(part.members, fractions, strict=True))
     rows = zip(plan.selection.chosen_paths, plan.axes, strict=True)
     wanted = {path: Aim(float(levels[i]), axis) for i, (path, axis) in enumerate(rows)}

@@ -223,18 +223,22 @@ def _matrix(
         scores = jnp.where(marks == 0, current**2 * _cut(costs, at, size)[:, None], marks)
         return choose(scores) & (marks == 0)
 
+    def lowest(number: Any) -> Any:
+        count = _wide.widen(jnp.asarray(counts, jnp.uint32)[number][None])
+        return lambda scores: _threshold.keep([scores], count, together=False)[0]
+
+    def grouped(scores: jax.Array) -> jax.Array:
+        return pattern.spread(jnp.zeros((1, scores.shape[1]), bool), scores, -2)
+
     def begin(number: Any, current: Any, state: Any) -> Any:
         first = number * block
-        if unit == 1:
-            lowest = _wide.widen(jnp.asarray(counts, jnp.uint32)[number][None])
-            kept = keep(first, current(), lambda s: _threshold.keep([s], lowest, together=False)[0])
+        whole = None if unit > 1 else keep(first, current(), lowest(number))
 
         def enter(start: Any, current: Any) -> Any:
-            if unit == 1:
-                mine = _cut(kept, start, panel)
+            if whole is None:
+                mine = keep(first + start, current(), grouped)
             else:
-                none = jnp.zeros((1, weight.shape[1]), bool)
-                mine = keep(first + start, current(), lambda s: pattern.spread(none, s, -2))
+                mine = _cut(whole, start, panel)
 
             def settle(i: Any, target: jax.Array) -> jax.Array:
                 return jnp.where(_cut(mine, i, 1), place(first + start + i, target), 0.0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jopt import distill, prune, quant, train
+from jopt.recipe import _pruning as pruning
 from jopt.recipe import _schema as schema
 from jopt.recipe import _tables as tables
 from jopt.recipe._model import Model, inference, training
@@ -38,7 +39,7 @@ def fit(config: schema.Fit, model: Model, teacher: Model | None, task: Task, pla
         transform=task.transform(tables.augmentation(config.augment)),
     )
     steps = round(config.epochs * feed.steps_per_epoch)
-    tx = chain(config, model, epoch=feed.steps_per_epoch, steps=steps)
+    tx = chain(config, model, task, epoch=feed.steps_per_epoch, steps=steps, seed=place.seed)
     step = train.make_step(_loss(config, model, teacher, task), tx)
     key = jax.random.key(place.seed)
     state = train.init(model.params, tx, collections=model.collections, key=key)
@@ -52,20 +53,14 @@ def fit(config: schema.Fit, model: Model, teacher: Model | None, task: Task, pla
         log=log,
         progress=train.Progress(place.title) if place.progress else None,
     )
-    masks = model.masks
-    if config.sparsity is not None:
-        masks = prune.masks_of(state.opt_state[-1])
-        if model.masks is not None:  # what was pruned before stays so
-            masks = jax.tree.map(jnp.logical_and, masks, model.masks)
-    return dataclasses.replace(
-        model, params=state.params, collections=state.collections, masks=masks
-    )
+    model = dataclasses.replace(model, params=state.params, collections=state.collections)
+    return pruning.finished(config.sparsity, model, state.opt_state)
 
 
 def chain(
-    config: schema.Fit, model: Model, *, epoch: float, steps: int
+    config: schema.Fit, model: Model, task: Task, *, epoch: float, steps: int, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """Optimizer, then what keeps ranges still and pruned weights zero, in that order."""
+    """Optimizer, then what keeps ranges still and pruned weights zero, in that order; pruning."""
     links: list[optax.GradientTransformation] = [
         tables.optimizer(config.optimizer, epoch=epoch, steps=steps)
     ]
@@ -74,9 +69,10 @@ def chain(
         links.append(optax.transforms.freeze(frozen))
     if model.masks is not None:
         links.append(prune.hold(model.masks))
-    if config.sparsity is not None:
-        links.append(tables.pruning(config.sparsity, epoch=epoch, steps=steps))
-    return optax.chain(*links)
+    if config.sparsity is None:
+        return optax.chain(*links)
+    key = jax.random.key(seed)
+    return pruning.chained(config.sparsity, links, model, task, epoch=epoch, steps=steps, key=key)
 
 
 def _loss(
@@ -90,6 +86,7 @@ def _loss(
         params: PyTree, batch: dict[str, jax.Array], *, collections: PyTree, key: jax.Array
     ) -> tuple[jax.Array, train.Aux]:
         inputs, labels = task.examples(batch)
+        params, penalty = pruning.forward(config.sparsity, params)
         logits, collections = forward(params, collections, inputs, key)
         logits = logits.astype(jnp.float32)
         value = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
@@ -98,6 +95,6 @@ def _loss(
             kd = distill.kd(logits, target, temperature=soft.temperature)
             value = (1 - soft.weight) * value + soft.weight * kd
         accuracy = jnp.mean((jnp.argmax(logits, -1) == labels).astype(jnp.float32))
-        return value, train.Aux(collections=collections, metrics={"accuracy": accuracy})
+        return value + penalty, train.Aux(collections=collections, metrics={"accuracy": accuracy})
 
     return loss

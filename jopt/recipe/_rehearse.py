@@ -53,7 +53,7 @@ def _after(stage: schema.Fit, start: Model | None, task: Task) -> Model:
         epoch = task.train_size // stage.batch_size
         steps = round(stage.epochs * epoch)
         held = dataclasses.replace(model, masks=None)  # masks have values, and here are only shapes
-        jax.eval_shape(chain(stage, held, epoch=epoch, steps=steps).init, model.params)
+        jax.eval_shape(chain(stage, held, task, epoch=epoch, steps=steps).init, model.params)
     if isinstance(stage, schema.Quantize):
         params = jax.eval_shape(quant.quantize, model.params)
         model = dataclasses.replace(model, params=params)
