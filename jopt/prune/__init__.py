@@ -30,6 +30,7 @@ from ._patterns import NM as NM
 from ._patterns import Pattern as Pattern
 from ._patterns import Unstructured as Unstructured
 from ._phases import ac_dc as ac_dc
+from ._reconstruct import reconstruct as reconstruct
 from ._rewind import rewind as rewind
 from ._saliency import activation_norm as activation_norm
 from ._saliency import fisher as fisher
@@ -39,9 +40,11 @@ from ._saliency import taylor as taylor
 from ._scores import Score as Score
 from ._scores import magnitude as magnitude
 from ._scores import random as random
+from ._sparsegpt import sparsegpt as sparsegpt
 from ._sparsify import HoldState as HoldState
 from ._sparsify import SparsifyState as SparsifyState
 from ._sparsify import hold as hold
 from ._sparsify import sparsify as sparsify
 from ._straight import straight_through as straight_through
 from ._straight import top_kast as top_kast
+from ._wanda import wanda as wanda

@@ -1,7 +1,6 @@
 """The blocks that a recipe's stages are made of: data, models, optimization, compression."""
 
 import difflib
-import itertools
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
@@ -212,55 +211,6 @@ class Augment(Block):
 
 
 # Compression -----------------------------------------------------------------------------------
-
-
-class Milestone(Block):
-    """From `epoch` on, this fraction of the weights is zero."""
-
-    epoch: Annotated[float, Field(ge=0.0)]
-    sparsity: Probability
-
-
-class NM(Block):
-    """Of every `m` weights along the contracted axis, the `n` largest are kept."""
-
-    n: Count
-    m: Count
-
-    @pydantic.model_validator(mode="after")
-    def _n_below_m(self) -> Self:
-        if self.n >= self.m:
-            raise ValueError(f"n:m keeps n of m, so n < m; found {self.n}:{self.m}")
-        return self
-
-
-class Sparsity(Block):
-    """Magnitude pruning inside the training step."""
-
-    target: Probability | None = Field(default=None, description="final fraction of zeros")
-    at: tuple[Milestone, ...] = Field(
-        default=(), description="fractions at given epochs, for `target`"
-    )
-    begin: Fraction = Field(default=0.0, description="where the cubic schedule to `target` begins")
-    end: Fraction = Field(default=0.7, description="where it ends")
-    every: Count = Field(default=10, description="steps between two choices of what is pruned")
-    pattern: Literal["unstructured"] | NM = "unstructured"
-    scope: Literal["global", "layer"] = "global"
-    where: Where = "**/kernel"
-
-    @pydantic.model_validator(mode="after")
-    def _one_schedule(self) -> Self:
-        if (self.target is None) == (not self.at) and not isinstance(self.pattern, NM):
-            raise ValueError("say either `target` or `at`")
-        if isinstance(self.pattern, NM) and (self.target is not None or self.at):
-            raise ValueError("an n:m pattern is its own target: leave out `target` and `at`")
-        if any(
-            b.epoch < a.epoch or b.sparsity < a.sparsity for a, b in itertools.pairwise(self.at)
-        ):
-            raise ValueError("`at` must go forward: later epochs, and no fewer zeros")
-        if self.target is not None and self.begin >= self.end:
-            raise ValueError(f"`begin` ({self.begin}) must come before `end` ({self.end})")
-        return self
 
 
 class IntFormat(Block):

@@ -1,7 +1,6 @@
 """One training stage: the loss, the chain, the step, and the loop over device-resident data."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jopt import distill, prune, quant, train
+from jopt.recipe import _pruning as pruning
 from jopt.recipe import _schema as schema
 from jopt.recipe import _tables as tables
 from jopt.recipe._distilling import Lesson
@@ -43,12 +43,12 @@ def fit(
         transform=task.transform(tables.augmentation(config.augment)),
     )
     steps = stage_steps(config, task)
-    tx = chain(config, model, epoch=feed.steps_per_epoch, steps=steps)
+    tx = chain(config, model, task, epoch=feed.steps_per_epoch, steps=steps, seed=place.seed)
     loss, params, collections = _loss(config, model, task), model.params, model.collections
     key = jax.random.key(place.seed)
     if lesson is not None:
         rule = tables.optimizer(config.optimizer, epoch=feed.steps_per_epoch, steps=steps)
-        tx, loss = lesson.chain(tx, rule), functools.partial(lesson.loss, lesson.variables())
+        tx, loss = lesson.chain(tx, rule), _taught(config, lesson)
         params, collections = lesson.begin(params, collections, jax.random.fold_in(key, 1))
     state, _ = train.fit(
         train.make_step(loss, tx),
@@ -60,14 +60,8 @@ def fit(
         progress=train.Progress(place.title) if place.progress else None,
     )
     state = state if lesson is None else lesson.finish(state)
-    masks = model.masks
-    if config.sparsity is not None:
-        masks = prune.masks_of(state.opt_state[-1])
-        if model.masks is not None:  # what was pruned before stays so
-            masks = jax.tree.map(jnp.logical_and, masks, model.masks)
-    return dataclasses.replace(
-        model, params=state.params, collections=state.collections, masks=masks
-    )
+    model = dataclasses.replace(model, params=state.params, collections=state.collections)
+    return pruning.finished(config.sparsity, model, state.opt_state)
 
 
 def stage_steps(config: schema.Fit, task: Task) -> int:
@@ -83,9 +77,9 @@ def check_lesson(config: schema.Fit, model: Model, teachers: Sequence[Model], ta
 
 
 def chain(
-    config: schema.Fit, model: Model, *, epoch: float, steps: int
+    config: schema.Fit, model: Model, task: Task, *, epoch: float, steps: int, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """Optimizer, then what keeps ranges still and pruned weights zero, in that order."""
+    """Optimizer, then what keeps ranges still and pruned weights zero, in that order; pruning."""
     links: list[optax.GradientTransformation] = [
         tables.optimizer(config.optimizer, epoch=epoch, steps=steps)
     ]
@@ -94,9 +88,10 @@ def chain(
         links.append(optax.transforms.freeze(frozen))
     if model.masks is not None:
         links.append(prune.hold(model.masks))
-    if config.sparsity is not None:
-        links.append(tables.pruning(config.sparsity, epoch=epoch, steps=steps))
-    return optax.chain(*links)
+    if config.sparsity is None:
+        return optax.chain(*links)
+    key = jax.random.key(seed)
+    return pruning.chained(config.sparsity, links, model, task, epoch=epoch, steps=steps, key=key)
 
 
 def _lesson(
@@ -115,6 +110,18 @@ def _lesson(
     )
 
 
+def _taught(config: schema.Fit, lesson: Lesson) -> Callable[..., tuple[jax.Array, train.Aux]]:
+    """The loss of a lesson, on what the student's pruning lets it see."""
+    variables = lesson.variables()
+
+    def loss(params: PyTree, *args: Any, **kwargs: Any) -> tuple[jax.Array, train.Aux]:
+        student, penalty = pruning.forward(config.sparsity, params["model"])
+        value, aux = lesson.loss(variables, {**params, "model": student}, *args, **kwargs)
+        return value + penalty, aux
+
+    return loss
+
+
 def _loss(
     config: schema.Fit, model: Model, task: Task
 ) -> Callable[..., tuple[jax.Array, train.Aux]]:
@@ -125,10 +132,11 @@ def _loss(
         params: PyTree, batch: dict[str, jax.Array], *, collections: PyTree, key: jax.Array
     ) -> tuple[jax.Array, train.Aux]:
         inputs, labels = task.examples(batch)
+        params, penalty = pruning.forward(config.sparsity, params)
         logits, collections = forward(params, collections, inputs, key)
         logits = logits.astype(jnp.float32)
         value = distill.hard(logits, labels, smoothing=config.smoothing)
         accuracy = jnp.mean((jnp.argmax(logits, -1) == labels).astype(jnp.float32))
-        return value, train.Aux(collections=collections, metrics={"accuracy": accuracy})
+        return value + penalty, train.Aux(collections=collections, metrics={"accuracy": accuracy})
 
     return loss

@@ -55,7 +55,7 @@ def _after(stage: schema.Fit, start: Model | None, teachers: Sequence[Model], ta
         epoch = task.train_size // stage.batch_size
         steps = round(stage.epochs * epoch)
         held = dataclasses.replace(model, masks=None)  # masks have values, and here are only shapes
-        jax.eval_shape(chain(stage, held, epoch=epoch, steps=steps).init, model.params)
+        jax.eval_shape(chain(stage, held, task, epoch=epoch, steps=steps).init, model.params)
         check_lesson(stage, model, teachers, task)
     if isinstance(stage, schema.Quantize) or model.fake is not None:
         params = jax.eval_shape(quant.quantize, model.params)

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field
 
-from jopt.recipe._blocks import NM as NM
 from jopt.recipe._blocks import Activation as Activation
 from jopt.recipe._blocks import Augment as Augment
 from jopt.recipe._blocks import Block as Block
@@ -24,7 +23,6 @@ from jopt.recipe._blocks import Digits as Digits
 from jopt.recipe._blocks import Exponential as Exponential
 from jopt.recipe._blocks import IntFormat as IntFormat
 from jopt.recipe._blocks import LearningRate as LearningRate
-from jopt.recipe._blocks import Milestone as Milestone
 from jopt.recipe._blocks import Model as Model
 from jopt.recipe._blocks import Multistep as Multistep
 from jopt.recipe._blocks import Natural as Natural
@@ -32,13 +30,20 @@ from jopt.recipe._blocks import Optimizer as Optimizer
 from jopt.recipe._blocks import Probability as Probability
 from jopt.recipe._blocks import Rule as Rule
 from jopt.recipe._blocks import SimpleCNN as SimpleCNN
-from jopt.recipe._blocks import Sparsity as Sparsity
 from jopt.recipe._blocks import Text as Text
 from jopt.recipe._blocks import WarmupStableDecay as WarmupStableDecay
 from jopt.recipe._blocks import Where as Where
 from jopt.recipe._lessons import Average as Average
 from jopt.recipe._lessons import Distillation as Distillation
 from jopt.recipe._lessons import Reconstruction as Reconstruction
+from jopt.recipe._sparsity import CALIBRATED as CALIBRATED
+from jopt.recipe._sparsity import DYNAMIC as DYNAMIC
+from jopt.recipe._sparsity import NM as NM
+from jopt.recipe._sparsity import THROUGH as THROUGH
+from jopt.recipe._sparsity import Channels as Channels
+from jopt.recipe._sparsity import Milestone as Milestone
+from jopt.recipe._sparsity import Sparsity as Sparsity
+from jopt.recipe._sparsity import Tiles as Tiles
 
 
 class Stage(Block):
@@ -65,10 +70,17 @@ class Fit(Stage):
 
     @pydantic.model_validator(mode="after")
     def _does_what_it_says(self) -> Self:
-        if self.epochs == 0 and (self.sparsity is not None or self.distill is not None):
+        trains = self.sparsity is not None and self.sparsity.method not in CALIBRATED
+        if self.epochs == 0 and (trains or self.distill is not None):
             raise ValueError("with `epochs: 0` nothing trains, so it can neither prune nor distill")
         if getattr(self, "model", None) is not None and self.start is not None:
             raise ValueError("`model` begins from random weights, `start` does not: leave one out")
+        unfit = getattr(self, "model", None) is not None or isinstance(self, Quantize)
+        if unfit and self.sparsity is not None and self.sparsity.method in CALIBRATED:
+            raise ValueError(
+                f"`method: {self.sparsity.method}` prunes a model that an earlier stage has "
+                "trained: give it a `sparsify` stage"
+            )
         return self
 
 
@@ -88,7 +100,7 @@ class Distill(Fit):
 
 
 class Sparsify(Fit):
-    """Prune while training on."""
+    """Prune while training on, or by a method that looks at data, before."""
 
     stage: Literal["sparsify"]
     sparsity: Sparsity  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleVariableOverride]

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jopt import quant
+from jopt.recipe import _pruning as pruning
 from jopt.recipe import _schema as schema
 from jopt.recipe import _tables as tables
 from jopt.recipe._fit import Place, fit
@@ -39,6 +40,8 @@ def run(
     notes: tuple[str, ...] = ()
     if isinstance(stage, schema.Quantize):
         model, notes = _calibrated(stage, model, task)
+    if stage.sparsity is not None and stage.sparsity.method in schema.CALIBRATED:
+        model = pruning.on_data(stage.sparsity, stage.batch_size, model, task)
     if stage.epochs > 0:
         model = fit(stage, model, teachers, task, place)
     rounds = isinstance(stage, schema.Quantize) and stage.method == "rtn"

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import optax
 
-from jopt import data, nn, prune, quant, schedules, trees
+from jopt import data, nn, quant, schedules, trees
 from jopt.recipe import _schema as schema
 from jopt.recipe._task import Task
 
@@ -123,43 +123,9 @@ def optimizer(
     return optax.chain(*links, rule)
 
 
-def pruning(
-    config: schema.Sparsity, *, epoch: float, steps: int
-) -> optax.GradientTransformationExtraArgs:
-    """The link of the chain that prunes, its schedule in steps."""
-    if isinstance(config.pattern, schema.NM):
-        n, m = config.pattern.n, config.pattern.m
-        return prune.sparsify(
-            1 - n / m,
-            pattern=prune.NM(n, m),
-            scope="layer",
-            where=config.where,
-            every=config.every,
-        )
-    if config.target is None:
-        points = {round(point.epoch * epoch): point.sparsity for point in config.at}
-        late = [point.epoch for point in config.at if round(point.epoch * epoch) >= steps]
-        if late:
-            raise ValueError(
-                f"`sparsity.at` names epoch {late[0]:g}, but the stage ends at epoch "
-                f"{steps / epoch:g}: make `epochs` longer or the epochs of `at` earlier"
-            )
-        schedule = schedules.steps_sparsity(sorted(points.items()))
-        return prune.sparsify(schedule, scope=config.scope, where=config.where)
-    # The masks are looked at every so many steps: the schedule ends at such a step, or before.
-    every = min(config.every, max(1, steps // 10))
-    last = (steps - 1) // every * every
-    if last < 1:
-        raise ValueError(f"`sparsity.target` needs two steps or more; the stage has {steps}")
-    end = min(max(1, round(config.end * steps)), last)
-    begin = min(round(config.begin * steps), end - 1)
-    schedule = schedules.cubic_sparsity(config.target, begin=begin, end=end)
-    return prune.sparsify(schedule, scope=config.scope, where=config.where, every=every)
-
-
 def policy(rules: tuple[schema.Rule, ...]) -> list[tuple[Any, quant.Spec | None]]:
     """The quantization policy that a recipe writes as rules."""
-    return [(_listed(rule.where), _spec(rule)) for rule in rules]
+    return [(listed(rule.where), _spec(rule)) for rule in rules]
 
 
 def augmentation(config: schema.Augment) -> Callable[[Any, jax.Array], Any] | None:
@@ -196,7 +162,8 @@ def _spec(rule: schema.Rule) -> quant.Spec | None:
     return quant.Spec(weight, activation, static=rule.static)
 
 
-def _listed(where: schema.Where) -> str | list[str]:
+def listed(where: schema.Where) -> str | list[str]:
+    """The glob or globs as selectors take them."""
     return where if isinstance(where, str) else list(where)
 
 

@@ -69,6 +69,13 @@ def spread(coarse: jax.Array, shape: Sequence[int]) -> jax.Array:
     return coarse
 
 
+def coarse_row(coarse: jax.Array, at: Any, rows: int) -> jax.Array:
+    """Row `at` of a coarse array beside one of so many rows, `[1, ...]`."""
+    if coarse.shape[0] == 1:
+        return coarse
+    return jax.lax.dynamic_slice_in_dim(coarse, at // (rows // coarse.shape[0]), 1, 0)
+
+
 def full_along(coarse: jax.Array, shape: Sequence[int], axes: Sequence[int]) -> jax.Array:
     """Repeats `coarse` to the whole size of `shape` along `axes`."""
     for axis in axes:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -97,3 +97,18 @@ def target_of(path: str, found: Sequence[Site]) -> Target | str:
     if len(layouts) > 1:
         return "its products read it in different ways"
     return layouts.pop()
+
+
+def stacked(parts: Mapping[tuple[int, ...], Any]) -> Any:
+    """The layers of one weight as one pytree."""
+    depth = len(next(iter(parts)))
+    if depth == 0:
+        return parts[()]
+    sizes = [1 + max(index[axis] for index in parts) for axis in range(depth)]
+
+    def stack(*arrays: jax.Array) -> jax.Array:
+        joined = jnp.stack(arrays)
+        return joined.reshape(*sizes, *arrays[0].shape)
+
+    ordered = [parts[index] for index in sorted(parts)]
+    return jax.tree.map(stack, *ordered)

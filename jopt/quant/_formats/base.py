@@ -80,6 +80,13 @@ class Format(abc.ABC):
         """The grid for the values of `x`, shared along `axes` (counted from the end)."""
         return self.grid(*self.extent(x, axes))
 
+    def leaf(self, codes: jax.Array, grid: Grid, dtype: Any) -> Any:
+        """The `QArray` of a weight of that dtype, quantized alone."""
+        from .._leaves.weights import QArray  # which needs formats
+
+        codes = codes.astype(self.container)
+        return QArray(codes, *grid, None, self, None, False, jnp.dtype(dtype))
+
     def nonzeros(self, codes: jax.Array, grid: Grid) -> int:
         """How many of `codes` stand for other values than zero. Looks at values."""
         return int(np.count_nonzero(np.asarray(self.decode(codes, grid))))

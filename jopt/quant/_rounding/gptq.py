@@ -1,25 +1,19 @@
 """GPTQ: inputs are rounded one after another, and what is left makes good the error so far."""
 
 import functools
-import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jopt.trace.layered import coarse_map
+from jopt.trace.layered import coarse_map, coarse_row
+from jopt.trace.sweep import damped, feedback_of, sweep
 
 from .._formats.base import Format, Grid
-from .layerwise import EXACT, Rounded, checked, fitted, known, nearest, over_layers, sound
+from .layerwise import Rounded, checked, fitted, known, nearest, over_layers, sound
 
 _PANEL = 16  # rows rounded between two products within a block
-_STAGES = 4  # products grow with the rows done; so many sizes of them are compiled
-
-_cut, _put = jax.lax.dynamic_slice_in_dim, jax.lax.dynamic_update_slice_in_dim
-# `begin(block, rows, target, feedback, state)`: the grid of each of its rows, and a new state.
-Begin = Callable[..., tuple[Callable[[Any], Grid], Any]]
 
 
 def gptq(
@@ -41,8 +35,7 @@ def gptq(
         rounded_i = nearest(target_i),  D_i = weight_i - rounded_i
 
     These are the codes of the paper in exact arithmetic, which updates the rows to come by the
-    Cholesky factor of H⁻¹ instead; here nothing is inverted, and float32 suffices. The sums run in
-    blocks as products of matrices.
+    Cholesky factor of H⁻¹ instead.
 
     Scales are fitted to the weight beforehand; those of a group, unless `order`, when the group is
     reached, to what its weights would have to be by then. A Hessian of zeros rounds to nearest,
@@ -110,7 +103,7 @@ def _matrix(
     if order:
         rows = jnp.argsort(-jnp.diagonal(hessian))
         hessian = hessian[rows][:, rows]
-    feedback, rounding = _feedback(hessian), nearest(format)
+    (feedback, _), rounding = feedback_of(hessian), nearest(format)
     if format.group_size is not None and not order:
         grid, errors = _by_groups(weight, feedback, rounding)
     else:
@@ -123,23 +116,6 @@ def _matrix(
     return Rounded(codes, sound(grid, fine)), fine
 
 
-def damped(hessian: jax.Array, damping: Any) -> jax.Array:
-    """H with a part of its mean diagonal added to it; inputs that are always zero get the mean."""
-    diagonal = jnp.diagonal(hessian)
-    mean = jnp.mean(diagonal)
-    mean = jnp.where(mean > 0, mean, 1.0)
-    extra = jnp.where(diagonal == 0, mean, damping * mean)
-    return hessian + jnp.diag(extra)
-
-
-def _feedback(hessian: jax.Array) -> jax.Array:
-    """Row i: how the errors of rows before i enter its target, R_ji / R_ii; NaN if H is unfit."""
-    # The lower factor of H read backwards, read backwards, is the upper factor R.
-    factor = jax.lax.linalg.cholesky(jnp.flip(hessian), symmetrize_input=False)
-    transposed = jnp.flip(factor).T
-    return jnp.tril(transposed, -1) / jnp.diagonal(transposed)[:, None]
-
-
 def _on_grid(
     weight: jax.Array, feedback: jax.Array, format: Format, grid: Grid, rows: jax.Array, block: int
 ) -> jax.Array:
@@ -148,89 +124,45 @@ def _on_grid(
     block = min(-(-block // _PANEL) * _PANEL, -(-inputs // _PANEL) * _PANEL)
     more = -inputs % block
 
-    def begin(number: Any, weights: Any, target: Any, inner: Any, state: Any) -> Any:
-        def grid_of(row: Any) -> Grid:
-            at = rows[jnp.minimum(number * block + row, inputs - 1)]
-            return coarse_map(lambda coarse: _row(coarse, at, inputs), grid)
+    def begin(number: Any, current: Any, state: Any) -> Any:
+        def enter(start: Any, current: Any) -> Any:
+            def settle(i: Any, target: jax.Array) -> jax.Array:
+                at = rows[jnp.minimum(number * block + start + i, inputs - 1)]
+                return _rounded(
+                    target, coarse_map(lambda c: coarse_row(c, at, inputs), grid), format
+                )
 
-        return grid_of, state
+            return settle
+
+        return enter, state
 
     weight = jnp.pad(weight, ((0, more), (0, 0)))
     feedback = jnp.pad(feedback, ((0, more), (0, more)))
-    return _sweep(weight, feedback, format, block, begin, ())[0][:inputs]
-
-
-def _row(coarse: jax.Array, at: Any, inputs: int) -> jax.Array:
-    return coarse if coarse.shape[0] == 1 else _cut(coarse, at // (inputs // coarse.shape[0]), 1, 0)
+    return sweep(weight, feedback, begin, (), block=block, panel=_PANEL)[0][:inputs]
 
 
 def _by_groups(weight: jax.Array, feedback: jax.Array, format: Format) -> tuple[Grid, jax.Array]:
     """The grid and the errors, each group's scales fitted to its targets; groups are the blocks."""
     assert format.group_size is not None
 
-    def begin(number: Any, rows: jax.Array, target: Any, inner: jax.Array, grids: Grid) -> Any:
-        # What the rows would become if none were rounded any more: errors that cancel those before.
-        cancelling = jax.lax.linalg.triangular_solve(
-            inner, rows - target, left_side=True, lower=True, unit_diagonal=True
+    def begin(number: Any, current: Any, grids: Grid) -> Any:
+        grid = fitted(format, current())
+        grids = jax.tree.map(
+            lambda all, one: jax.lax.dynamic_update_slice_in_dim(all, one, number, 0), grids, grid
         )
-        grid = fitted(format, rows - cancelling)
-        grids = jax.tree.map(lambda all, one: _put(all, one, number, 0), grids, grid)
-        return lambda row: grid, grids
+        return lambda start, current: lambda i, target: _rounded(target, grid, format), grids
 
-    errors, grids = _sweep(
-        weight, feedback, format, format.group_size, begin, fitted(format, weight)
+    size = format.group_size
+    errors, grids = sweep(
+        weight,
+        feedback,
+        begin,
+        fitted(format, weight),
+        block=size,
+        panel=math.gcd(size, _PANEL),
     )
     return grids, errors
 
 
-# The sweep over rows: blocks, panels within a block, rows within a panel. What rows before a block
-# (a panel) add to its targets is one product; only a panel's own errors go row by row.
-
-
-def _sweep(
-    weight: jax.Array, feedback: jax.Array, format: Format, block: int, begin: Begin, state: Any
-) -> tuple[jax.Array, Any]:
-    """The errors of all rows, and the last state."""
-
-    def step(limit: int, number: Any, carry: Any) -> Any:
-        errors, state = carry
-        start = number * block
-        before = jax.lax.dynamic_slice(feedback, (start, 0), (block, limit))
-        inner = jax.lax.dynamic_slice(feedback, (start, start), (block, block))
-        rows = _cut(weight, start, block)
-        target = rows + jnp.dot(before, errors[:limit], precision=EXACT)
-        grid_of, state = begin(number, rows, target, inner, state)
-        return _put(errors, _block(rows, target, inner, format, grid_of), start, 0), state
-
-    blocks = weight.shape[0] // block
-    stages = min(_STAGES, blocks)
-    ends = [blocks * k // stages for k in range(stages + 1)]
-    carry = (jnp.zeros_like(weight), state)
-    for first, last in itertools.pairwise(ends):
-        carry = jax.lax.fori_loop(first, last, functools.partial(step, last * block), carry)
-    return carry
-
-
-def _block(
-    rows: jax.Array, target: jax.Array, feedback: jax.Array, format: Format, grid_of: Any
-) -> jax.Array:
-    """The errors of one block, whose targets know of all rows before it."""
-    size = rows.shape[0]
-    panel = math.gcd(size, _PANEL)
-
-    def step(number: Any, errors: jax.Array) -> jax.Array:
-        start = number * panel
-        before = _cut(feedback, start, panel)
-        targets = _cut(target, start, panel) + jnp.dot(before, errors, precision=EXACT)
-        inner, weights = _cut(before, start, panel, 1), _cut(rows, start, panel)
-
-        def row(i: Any, errors: jax.Array) -> jax.Array:
-            value = _cut(targets, i, 1) + jnp.dot(_cut(inner, i, 1), errors, precision=EXACT)
-            grid = grid_of(start + i)
-            rounded = format.decode(format.encode(value, grid), grid)
-            return _put(errors, _cut(weights, i, 1) - rounded, i, 0)
-
-        own = jax.lax.fori_loop(0, panel, row, jnp.zeros_like(weights))
-        return _put(errors, own, start, 0)
-
-    return jax.lax.fori_loop(0, size // panel, step, jnp.zeros_like(rows))
+def _rounded(target: jax.Array, grid: Grid, format: Format) -> jax.Array:
+    return format.decode(format.encode(target, grid), grid)

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from jopt.trace.sweep import EXACT as EXACT
+
 from .._formats.base import Format, Grid
 from .._formats.layout import shared_axes
-
-EXACT = jax.lax.Precision.HIGHEST  # float32 products on every backend
 
 
 class Rounded(NamedTuple):

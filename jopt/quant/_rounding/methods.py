@@ -18,6 +18,7 @@ from jopt import trees
 from jopt.trace import Activation, Measure, Site, Stop, Target, gram, moments, staged, target_of
 from jopt.trace import sites as sites_of
 from jopt.trace.layered import coarse_map
+from jopt.trace.stops import stacked
 
 from .._formats.base import Format
 from .._leaves.weights import QArray
@@ -231,7 +232,7 @@ def rounded(
             return leaf
         if not parts[path]:
             return coded(leaf, specs[path], axes[path])
-        return _stacked(parts[path])
+        return stacked(parts[path])
 
     return trees.map_with_path(replace, params), missed
 
@@ -284,7 +285,7 @@ def folded_awq(
     _, unmet = staged(apply, params, batches, groups, _gram_and_moments, visit, caller="calibrate")
     for path, (fold, _) in groups.items():
         if scales[path]:
-            params = folded(params, fold, _stacked(scales[path]))
+            params = folded(params, fold, stacked(scales[path]))
         else:
             missed[path] = unmet.get(path, "its products share axes with the activation")
     return params, missed
@@ -315,18 +316,3 @@ def _each(
         for at in np.ndindex(*weight.shape[:lead]):
             visit(Stop(target, at, weight[at], None))
     return missed
-
-
-def _stacked(parts: Mapping[tuple[int, ...], Any]) -> Any:
-    """The layers of one weight as one pytree."""
-    depth = len(next(iter(parts)))
-    if depth == 0:
-        return parts[()]
-    sizes = [1 + max(index[axis] for index in parts) for axis in range(depth)]
-
-    def stack(*arrays: jax.Array) -> jax.Array:
-        joined = jnp.stack(arrays)
-        return joined.reshape(*sizes, *arrays[0].shape)
-
-    ordered = [parts[index] for index in sorted(parts)]
-    return jax.tree.map(stack, *ordered)

@@ -1,0 +1,180 @@
+"""How a stage prunes: on data beforehand, in the chain around the optimizer, or in the loss."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jopt
+from jopt import prune, schedules
+from jopt.recipe import _schema as schema
+from jopt.recipe import _tables as tables
+from jopt.recipe._model import Model
+from jopt.recipe._task import Task
+
+PyTree = Any
+
+
+def on_data(config: schema.Sparsity, batch_size: int, model: Model, task: Task) -> Model:
+    """The model pruned by a method that looks at data, without training."""
+    batches = task.train_inputs(config.calibration_batches, batch_size)
+
+    def apply(params: PyTree, inputs: jax.Array) -> jax.Array:
+        return model.module.apply({"params": params, **model.collections}, inputs)
+
+    how: dict[str, Any] = {
+        "pattern": _pattern(config),
+        "scope": config.scope,
+        "where": tables.listed(config.where),
+    }
+    if config.method == "wanda":
+        params = prune.wanda(apply, model.params, batches, config.final, **how)
+    else:
+        how |= {"block_size": config.block_size, "damping": config.damping}
+        params = prune.sparsegpt(apply, model.params, batches, config.final, **how)
+    chosen = jopt.trees.select(params, how["where"], caller="sparsify")
+    masks = jax.tree.map(lambda w, mine: w != 0 if mine else jnp.ones((), bool), params, chosen)
+    return dataclasses.replace(model, params=params, masks=_both(masks, model.masks))
+
+
+def chained(
+    config: schema.Sparsity,
+    links: Sequence[optax.GradientTransformation],
+    model: Model,
+    task: Task,
+    *,
+    epoch: float,
+    steps: int,
+    key: jax.Array,
+) -> optax.GradientTransformationExtraArgs:
+    """The chain of `links`, the optimizer first, with what prunes behind it or around it."""
+    if config.method in (*schema.CALIBRATED, *schema.THROUGH):
+        return optax.chain(*links)
+    how: dict[str, Any] = {
+        "pattern": _pattern(config),
+        "scope": config.scope,
+        "where": tables.listed(config.where),
+    }
+    if config.scope in ("uniform", "erk"):
+        example = jax.ShapeDtypeStruct((1, *task.inputs.shape), task.inputs.dtype)
+
+        def apply(params: PyTree, collections: PyTree, inputs: Any) -> Any:
+            return model.module.apply({"params": params, **collections}, inputs)
+
+        how["sites"] = jopt.sites(apply, model.params, model.collections, example)
+    inner, final = optax.chain(*links), config.final
+    begin, end = (round(share * steps) for share in (config.begin, config.end))
+    match config.method:
+        case "rigl" | "set":
+            how |= {"until": max(1, end), "every": config.every, "drop": config.drop, "key": key}
+            moving = prune.rigl if config.method == "rigl" else prune.set
+            return optax.chain(moving(final, inner=inner, **how))
+        case "static":
+            return optax.chain(prune.static(final, inner=inner, key=key, **how))
+        case "ac_dc":
+            period = max(1, round(config.period * steps))
+            how |= {"begin": max(1, begin or period), "period": period, "end": end}
+            return optax.chain(prune.ac_dc(final, inner=inner, **how))
+        case _:
+            return _scheduled(config, links, how, epoch=epoch, steps=steps, key=key)
+
+
+def forward(config: schema.Sparsity | None, params: PyTree) -> tuple[PyTree, jax.Array]:
+    """The parameters that the loss computes with, and what is added to it."""
+    nothing = jnp.zeros((), jnp.float32)
+    if config is None or config.method not in schema.THROUGH:
+        return params, nothing
+    if config.method == "straight_through":
+        return prune.straight_through(params, _largest(config, params)), nothing
+    how: dict[str, Any] = {"pattern": _pattern(config), "where": tables.listed(config.where)}
+    how["scope"] = config.scope
+    used, penalty = prune.top_kast(params, config.final, config.backward, **how)
+    return used, config.penalty * penalty
+
+
+def finished(config: schema.Sparsity | None, model: Model, opt_state: PyTree) -> Model:
+    """The trained model with its masks, and zeros where these only came before the loss."""
+    if config is None or config.method in schema.CALIBRATED:
+        return model
+    if config.method in schema.THROUGH:
+        masks = _both(_largest(config, model.params), model.masks)
+        return dataclasses.replace(
+            model, params=prune.apply_masks(model.params, masks), masks=masks
+        )
+    own = opt_state[-1]._replace(inner=())  # inside may be another, which holds earlier masks
+    return dataclasses.replace(model, masks=_both(prune.masks_of(own), model.masks))
+
+
+# Helpers, in order of use.
+
+
+def _pattern(config: schema.Sparsity) -> prune.Pattern:
+    match config.pattern:
+        case schema.NM(n=n, m=m):
+            return prune.NM(n, m)
+        case schema.Tiles(block=shape):
+            return prune.Block(shape)
+        case schema.Channels(channel=axis):
+            return prune.Channel(axis)
+        case _:
+            return prune.Unstructured()
+
+
+def _both(masks: PyTree, before: PyTree | None) -> PyTree:
+    """What was pruned before stays so."""
+    return masks if before is None else jax.tree.map(jnp.logical_and, masks, before)
+
+
+def _scheduled(
+    config: schema.Sparsity,
+    links: Sequence[optax.GradientTransformation],
+    how: dict[str, Any],
+    *,
+    epoch: float,
+    steps: int,
+    key: jax.Array,
+) -> optax.GradientTransformationExtraArgs:
+    """A score on a schedule in steps: behind the optimizer, or around it if it needs gradients."""
+    scores = {
+        "magnitude": prune.magnitude,
+        "random": lambda: prune.random(key),
+        "movement": prune.movement,
+        "taylor": lambda: prune.taylor(decay=0.9),
+        "snip": prune.snip,
+        "fisher": lambda: prune.fisher(decay=0.99),
+    }
+    how = {**how, "score": scores[config.method]()}
+    if isinstance(config.pattern, schema.NM):
+        sparsity: Any = config.final
+        how["every"] = config.every
+    elif config.target is None:
+        points = {round(point.epoch * epoch): point.sparsity for point in config.at}
+        late = [point.epoch for point in config.at if round(point.epoch * epoch) >= steps]
+        if late:
+            raise ValueError(
+                f"`sparsity.at` names epoch {late[0]:g}, but the stage ends at epoch "
+                f"{steps / epoch:g}: make `epochs` longer or the epochs of `at` earlier"
+            )
+        sparsity = schedules.steps_sparsity(sorted(points.items()))
+    else:
+        # The masks are looked at every so many steps: the schedule ends at such a step, or before.
+        every = min(config.every, max(1, steps // 10))
+        last = (steps - 1) // every * every
+        if last < 1:
+            raise ValueError(f"`sparsity.target` needs two steps or more; the stage has {steps}")
+        end = min(max(1, round(config.end * steps)), last)
+        begin = min(round(config.begin * steps), end - 1)
+        sparsity = schedules.cubic_sparsity(config.target, begin=begin, end=end)
+        how["every"] = every
+    if config.method in ("magnitude", "random"):
+        return optax.chain(*links, prune.sparsify(sparsity, **how))
+    return optax.chain(prune.sparsify(sparsity, inner=optax.chain(*links), **how))
+
+
+def _largest(config: schema.Sparsity, params: PyTree) -> PyTree:
+    """The masks of the largest weights as they are."""
+    how: dict[str, Any] = {"pattern": _pattern(config), "where": tables.listed(config.where)}
+    return prune.masks(params, config.final, scope=config.scope, **how)
