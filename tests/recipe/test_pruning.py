@@ -79,7 +79,7 @@ def test_before_around_and_in_the_loss(tmp_path):
         ("movement", ", scope: layer"),
         ("taylor", ", scope: uniform"),
         ("snip", ""),
-        ("fisher", ", pattern: {block: [2, 2]}"),
+        ("fisher", ", pattern: {block: [1, 4]}"),
         ("ac_dc", ", end: 0.8, scope: erk"),
         ("set", ", every: 3"),
         ("static", ", pattern: {channel: -1}, scope: layer"),
