@@ -130,9 +130,14 @@ class Lesson:
         wanted = self._wanted(told.teacher, temperature)
         hard = distill.hard(logits, labels, smoothing=self.smoothing)
         soft = losses.soft(
-            config.loss, logits, wanted, labels, temperature=temperature, step=step,
+            config.loss,
+            logits,
+            wanted,
+            labels,
+            temperature=temperature,
+            step=step,
             steps=self.steps,
-        )  # fmt: skip
+        )
         total = distill.mixed(hard, soft, weight=value(config.weight))
         if config.features:
             more, beside = self._featured(told.features, params["maps"], batch, beside, key)
@@ -145,9 +150,13 @@ class Lesson:
     # What both models say --------------------------------------------------------------------
 
     def _told(
-        self, variables: tuple[PyTree, ...], params: PyTree, collections: PyTree, inputs: Any,
+        self,
+        variables: tuple[PyTree, ...],
+        params: PyTree,
+        collections: PyTree,
+        inputs: Any,
         key: jax.Array,
-    ) -> distill.Paired:  # fmt: skip
+    ) -> distill.Paired:
         """The student's logits and new collections, the teachers' logits, and the features."""
         if not self.config.features:
             out = training(self.student.module)(params, collections, inputs, key)
@@ -234,9 +243,13 @@ class Lesson:
         return self._mean().update(still, state, params)[1]
 
     def _featured(
-        self, features: Mapping[str, Any], maps: PyTree, batch: dict[str, jax.Array],
-        beside: dict[str, Any], key: jax.Array,
-    ) -> tuple[jax.Array, dict[str, Any]]:  # fmt: skip
+        self,
+        features: Mapping[str, Any],
+        maps: PyTree,
+        batch: dict[str, jax.Array],
+        beside: dict[str, Any],
+        key: jax.Array,
+    ) -> tuple[jax.Array, dict[str, Any]]:
         """The weighted losses on features, and the banks after them."""
         total, banks = jnp.float32(0), {}
         for i, loss in enumerate(self.config.features):
@@ -285,13 +298,19 @@ class Lesson:
             for name, array in self.arrays().items()
         }
         if self.task.kind == "text":
-            batch = {"tokens": jax.ShapeDtypeStruct(
-                (self.batch_size, self.task.inputs.shape[0] + 1), jnp.int32
-            )}  # fmt: skip
+            batch = {
+                "tokens": jax.ShapeDtypeStruct(
+                    (self.batch_size, self.task.inputs.shape[0] + 1), jnp.int32
+                )
+            }
         jax.eval_shape(
             lambda *given: self.loss(*given[:3], collections=given[3], key=given[4]),
-            self.variables(), params, batch, beside, key,
-        )  # fmt: skip
+            self.variables(),
+            params,
+            batch,
+            beside,
+            key,
+        )
 
 
 # Helpers, in order of use.
