@@ -1,5 +1,7 @@
 """Residual networks for small images, whose size is a few numbers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen
@@ -53,7 +55,11 @@ class ResNet(linen.Module):
                 f"`ResNet(widths={self.widths}, blocks={blocks})` expects one number of blocks, or "
                 "one for each width."
             )
-        options = {"train": train, "momentum": self.momentum, "axis_name": self.axis_name}
+        options: dict[str, Any] = {
+            "train": train,
+            "momentum": self.momentum,
+            "axis_name": self.axis_name,
+        }
         x = jax.nn.relu(_Normed(self.widths[0], 3, self.strides, **options, name="stem")(x))
         for stage, (width, count) in enumerate(zip(self.widths, counts, strict=True)):
             for block in range(count):
@@ -67,7 +73,7 @@ class _Block(linen.Module):
 
     width: int
     strides: int
-    options: dict[str, bool | float | str | None]
+    options: dict[str, Any]  # of `_Normed`
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
