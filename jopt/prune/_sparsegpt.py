@@ -213,8 +213,8 @@ def _matrix(
     mark = jnp.pad(mark, ((0, more), (0, 0)), constant_values=jnp.inf)
     costs = jnp.pad(costs, (0, more))
     grid, place = _on_grid(weight, order, format)
-    counts = np.diff([round(sparsity * min(end, rows) * weight.shape[1])
-                      for end in range(0, rows + more + 1, block)])  # fmt: skip
+    ends = [min(end, rows) for end in range(0, rows + more + 1, block)]
+    counts = np.diff([round(sparsity * end * weight.shape[1]) for end in ends])
 
     def keep(at: Any, current: jax.Array, choose: Any) -> jax.Array:
         """Which of some rows stay, given those as they are."""

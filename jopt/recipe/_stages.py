@@ -16,9 +16,6 @@ from jopt.recipe._task import Task
 
 PyTree = Any
 
-# What `calibrate` says of leaves that came out as the policy wants them.
-AS_ASKED = ("", "weight only", "not in the policy", "dynamic: the range is found in each call")
-
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -76,6 +73,5 @@ def _calibrated(stage: schema.Quantize, model: Model, task: Task) -> tuple[Model
     if not nearest:
         how |= {"policy": policy, "method": stage.method}
     params, rows = quant.calibrate(apply, params, batches, **how)
-    undone = [row for row in rows if row.reason not in AS_ASKED]
-    notes = tuple(f"{stage.name}: `{row.path}`: {row.reason}" for row in undone)
+    notes = tuple(f"{stage.name}: `{row.path}`: {row.undone}" for row in rows if row.undone)
     return dataclasses.replace(model, params=params), notes

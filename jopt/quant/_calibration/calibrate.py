@@ -49,6 +49,7 @@ class Row(NamedTuple):
     high: np.ndarray | None
     bits: int  # of the leaf, scales and ranges included
     reason: str  # why no range was measured, or nothing done; empty where all was done
+    undone: str = ""  # of the reason, what says that something asked for was not done
 
 
 def calibrate(
@@ -326,7 +327,7 @@ def _of_rank(array: jax.Array, ndim: int) -> jax.Array:
 
 def _row(path: str, leaf: Any, range: Range | None, missed: str) -> Row:
     low, high = (None, None) if range is None else (np.asarray(end) for end in range)
-    format, activation, reason = None, None, ""
+    format, activation, reason, undone = None, None, "", missed
     if isinstance(leaf, QArray | FakeQuant):
         format, activation = leaf.format, leaf.activation
         if activation is None:
@@ -337,10 +338,15 @@ def _row(path: str, leaf: Any, range: Range | None, missed: str) -> Row:
             reason = "dynamic: the range is found in each call"
         elif range is None:
             reason = "static, but no product met this weight as `lift` would run it: no range"
+            undone = _joined(missed, reason)
     else:
         reason = "not in the policy"
-    reason = "; ".join(part for part in (missed, reason) if part)
-    return Row(path, format, activation, low, high, trees.size(leaf).bits, reason)
+    bits = trees.size(leaf).bits
+    return Row(path, format, activation, low, high, bits, _joined(missed, reason), undone)
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
 
 
 def _nothing(policy: Policy) -> str:
