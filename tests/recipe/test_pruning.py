@@ -72,6 +72,11 @@ def test_before_around_and_in_the_loss(tmp_path):
         assert not (masks[1][path] & ~mask).any()
 
 
+def test_in_the_loss_of_a_lesson(tmp_path):
+    taught = "}\n    distill: {teacher: dense"
+    run(tmp_path, ("through", "dense", 0.3, "straight_through", taught))
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [
