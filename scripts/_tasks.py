@@ -88,7 +88,7 @@ def _compiled(model):
 
     @jax.jit
     def right(variables, x, y):
-        return jnp.sum(jnp.argmax(model.apply(variables, normalised(x)), -1) == y)
+        return jnp.sum(jnp.argmax(jopt.lift(model.apply)(variables, normalised(x)), -1) == y)
 
     return jax.jit(model.init), right
 
