@@ -105,7 +105,7 @@ class Shakespeare:
         self.windows = data.windows(self.dataset.train, 2 * CONTEXT, stride=CONTEXT)
         self.test = data.windows(self.dataset.test, CONTEXT + 1)[:windows]
         self.steps = steps
-        self.feed = train.Feed({"tokens": self.windows}, 16, seed=seed, transform=_cut)
+        self.feed = train.Feed({"tokens": self.windows}, 16, seed=seed, transform=cut)
         self.batches = self.calibration(seed)
 
     def network(self, *, layers):
@@ -140,12 +140,12 @@ class Shakespeare:
         return sum(float(total(params, self.test[i : i + 64])) for i in cuts) / len(self.test)
 
 
-def _cut(batch, key):
+def cut(batch, key):
     """A window of `CONTEXT + 1` characters somewhere in each of twice that."""
     tokens = batch["tokens"]
     starts = jax.random.randint(key, (tokens.shape[0],), 0, tokens.shape[1] - CONTEXT)
-    cut = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (CONTEXT + 1,)))
-    return {"tokens": cut(tokens, starts)}
+    window = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (CONTEXT + 1,)))
+    return {"tokens": window(tokens, starts)}
 
 
 def fitted(task, params, steps, chain, folder):
