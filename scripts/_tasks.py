@@ -1,4 +1,4 @@
-"""What the benchmarks of quality share: the CIFAR-10 task, and rows that are kept as they come."""
+"""What the benchmarks of quality share: their two tasks, and rows that are kept as they come."""
 
 import functools
 import json
@@ -8,9 +8,13 @@ import statistics
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from jopt import data, train
+import jopt
+from jopt import data, nn, quant, train
+
+CONTEXT = 128
 
 
 def normalised(x):
@@ -84,9 +88,85 @@ def _compiled(model):
 
     @jax.jit
     def right(variables, x, y):
-        return jnp.sum(jnp.argmax(model.apply(variables, normalised(x)), -1) == y)
+        return jnp.sum(jnp.argmax(jopt.lift(model.apply)(variables, normalised(x)), -1) == y)
 
     return jax.jit(model.init), right
+
+
+class Shakespeare:
+    """A transformer over characters, 8 layers scanned, and the loss in nats on the test text."""
+
+    peak = 1e-3
+
+    def __init__(self, data_dir, *, steps=1500, seed=0, windows=None):
+        self.dataset = data.shakespeare(data_dir)
+        self.model = self.network(layers=8)
+        self.apply = self.model.apply
+        self.windows = data.windows(self.dataset.train, 2 * CONTEXT, stride=CONTEXT)
+        self.test = data.windows(self.dataset.test, CONTEXT + 1)[:windows]
+        self.steps = steps
+        self.feed = train.Feed({"tokens": self.windows}, 16, seed=seed, transform=cut)
+        self.batches = self.calibration(seed)
+
+    def network(self, *, layers):
+        return nn.CharTransformer(
+            self.dataset.classes, layers=layers, width=256, heads=4, context=CONTEXT
+        )
+
+    def calibration(self, seed):
+        """Sixteen batches of sixteen windows of the training text."""
+        rng = np.random.default_rng(seed)
+        rows = rng.choice(len(self.windows), (16, 16), replace=False)
+        return [jnp.asarray(self.windows[r, :CONTEXT], jnp.int32) for r in rows]
+
+    def init(self, seed):
+        return self.model.init(jax.random.key(seed), self.batches[0])
+
+    def float(self, seed, folder):
+        """The trained parameters, as `folder` has them, or trained now."""
+        return fitted(self, self.init(seed), self.steps, self.chain(self.peak, self.steps), folder)
+
+    def loss(self, params, batch):
+        tokens = batch["tokens"].astype(jnp.int32)
+        return cross_entropy(jopt.lift(self.apply)(params, tokens[:, :-1]), tokens[:, 1:])
+
+    def chain(self, peak, steps):
+        schedule = optax.warmup_cosine_decay_schedule(0, peak, steps // 15, steps, peak / 100)
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.1))
+
+    def evaluate(self, params):
+        total = jax.jit(lambda p, t: self.loss(p, {"tokens": t}) * len(t))
+        cuts = range(0, len(self.test), 64)
+        return sum(float(total(params, self.test[i : i + 64])) for i in cuts) / len(self.test)
+
+
+def cut(batch, key):
+    """A window of `CONTEXT + 1` characters somewhere in each of twice that."""
+    tokens = batch["tokens"]
+    starts = jax.random.randint(key, (tokens.shape[0],), 0, tokens.shape[1] - CONTEXT)
+    window = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (CONTEXT + 1,)))
+    return {"tokens": window(tokens, starts)}
+
+
+def fitted(task, params, steps, chain, folder):
+    """Trains, going on from what `folder` holds."""
+    links = [chain]
+    frozen = jax.tree.map(lambda leaf: not leaf, quant.trainable(params))
+    if "batch_stats" in params:  # folded: what is left of them stays
+        frozen["batch_stats"] = jax.tree.map(lambda leaf: True, frozen["batch_stats"])
+    if any(jax.tree.leaves(frozen)):
+        links.append(optax.transforms.freeze(frozen))
+    tx = optax.chain(*links)
+    step = train.make_step(task.loss, tx)
+    state, _ = train.fit(
+        step,
+        train.init(params, tx),
+        task.feed,
+        steps=steps,
+        checkpoints=None if folder is None else train.Checkpoints(folder),
+        progress=train.Progress(f"{steps} steps"),
+    )
+    return state.params
 
 
 class Rows:
