@@ -69,14 +69,14 @@ def baked(jaxpr: Any) -> tuple[Constant, ...]:
 def _gather(jaxpr: Any, found: dict[int, Constant]) -> None:
     jaxpr, values = compat.opened(jaxpr)
     named = dict(zip(jaxpr.constvars, values, strict=False))
-    readers = [(equation.invars, compat.source_of(equation)) for equation in jaxpr.eqns]
-    for atoms, used in [*readers, (jaxpr.outvars, "returned as it is")]:
-        for atom in atoms:
+    for reader in [*jaxpr.eqns, None]:  # None: the function itself returns it
+        for atom in jaxpr.outvars if reader is None else reader.invars:
             value: Any = atom.val if isinstance(atom, compat.Literal) else named.get(atom)
             size = math.prod(getattr(value, "shape", ()))
             if size > 1 and id(value) not in found:
-                bits = size * trees.bits_of(value)
-                found[id(value)] = Constant(tuple(value.shape), value.dtype, -(-bits // 8), used)
+                bytes = -(-size * trees.bits_of(value) // 8)
+                used = "returned as it is" if reader is None else compat.source_of(reader)
+                found[id(value)] = Constant(tuple(value.shape), value.dtype, bytes, used)
     for equation in jaxpr.eqns:
         for body in compat.bodies(equation):
             _gather(body, found)

@@ -75,7 +75,7 @@ class Frame:
     plan: Plan = _NO_PLAN
     loops: tuple[bool, ...] = ()  # that enclose the body, outermost first: is it a scan?
     met: dict[Any, Met] | None = None  # filled for `explain`
-    source: str = ""  # the user's line of what encloses the body
+    around: tuple[Any, ...] = ()  # the equations that enclose the body, outermost first
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for swaps; scans slice it
 
     def inner(self, equation: Any, body: int = 0, *, loop: tuple[bool, ...] = ()) -> "Frame":
@@ -89,11 +89,12 @@ class Frame:
     def inline(self, equation: Any, body: int = 0) -> "Frame":
         """The frame of a nested body that is evaluated as a part of this one."""
         plan = self.plan.inside.get((id(equation), body), _NO_PLAN)
-        return dataclasses.replace(self, plan=plan, source=self.source_of(equation))
+        return dataclasses.replace(self, plan=plan, around=(*self.around, equation))
 
     def source_of(self, equation: Any) -> str:
         """The user's line of an equation, or of what encloses it where JAX does not know."""
-        return compat.source_of(equation) or self.source
+        lines = map(compat.source_of, (equation, *reversed(self.around)))
+        return next(filter(None, lines), "")
 
     def silent(self, equation: Any) -> "Frame":
         """The frame of a nested body, the first of an equation, that records nothing."""

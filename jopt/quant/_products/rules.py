@@ -47,7 +47,8 @@ def _dot(call: Any, *operands: Any) -> Any:
     if leaf.always_dense or trees.is_typed(x):
         return NotImplemented
     contract, batch = call.params["dimension_numbers"]
-    weight = axes(contract[side], batch[side], leaf.ndim)
+    rank = call.equation.invars[side].aval.ndim  # the leaf's own, which it would trace for
+    weight = axes(contract[side], batch[side], rank)
     other = axes(contract[1 - side], batch[1 - side], x.ndim)
     return _product(call, leaf, x, Dot(_frozen(call), side, weight, other, call.out[0].dtype))
 
