@@ -47,8 +47,8 @@ def _after(stage: schema.Fit, start: Model | None, teachers: Sequence[Model], ta
     if task.kind == "text" and (stage.augment.shift or stage.augment.flip):
         raise RecipeError("`augment` is for images; windows of text are cut at random anyway.")
     if isinstance(stage, schema.Quantize):
-        _run_dynamic(model, tables.policy(stage.policy), task)
-        policy = tables.policy(stage.policy)
+        policy = _dynamic(tables.policy(stage.policy))
+        _run(model, policy, task)
         params = jax.eval_shape(lambda params: quant.qat(params, policy), model.params)
         model = dataclasses.replace(model, params=params)
     if stage.epochs > 0:
@@ -83,13 +83,17 @@ def _begin(stage: schema.Fit, start: Model | None, task: Task) -> Model:
     return start
 
 
-def _run_dynamic(model: Model, policy: list[tuple[Any, quant.Spec | None]], task: Task) -> None:
-    """Traces the quantized model; static ranges are not known yet, so all are dynamic here."""
-    dynamic = [
+def _dynamic(policy: list[tuple[Any, quant.Spec | None]]) -> list[tuple[Any, quant.Spec | None]]:
+    """The policy with all ranges dynamic: static ones come from data, and here are only shapes."""
+    return [
         (where, None if spec is None else dataclasses.replace(spec, static=False))
         for where, spec in policy
     ]
-    params = jax.eval_shape(lambda params: quant.quantize(params, dynamic), model.params)
+
+
+def _run(model: Model, policy: list[tuple[Any, quant.Spec | None]], task: Task) -> None:
+    """Traces the quantized model."""
+    params = jax.eval_shape(lambda params: quant.quantize(params, policy), model.params)
     jax.eval_shape(inference(model.module), {"params": params, **model.collections}, _example(task))
 
 

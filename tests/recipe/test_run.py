@@ -19,6 +19,9 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("sklearn")
 
 from jopt import artifact, data, prune, quant, recipe, trees
+from jopt.recipe import _tables as tables
+from jopt.recipe._load import find
+from jopt.recipe._rehearse import rehearse
 
 RECIPE = """\
 name: tiny
@@ -51,6 +54,12 @@ def standard_promotion():
     """Optax's own Adam needs it: it raises a float to an integer power."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_distill"])
+def test_what_comes_with_jopt_can_be_gone_through_on_shapes(name):
+    found = recipe.load(find(name))
+    rehearse(found, tables.task(found.data, None))
 
 
 @pytest.fixture(scope="module")
