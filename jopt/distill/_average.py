@@ -1,10 +1,12 @@
 """A teacher that is the student's own average, kept in the optimizer's state."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 PyTree = Any
 
@@ -17,7 +19,7 @@ class MeanTeacherState(NamedTuple):
 
 
 def mean_teacher(
-    decay: float | optax.Schedule = 0.999, *, ramp: bool = True
+    decay: jax.typing.ArrayLike | optax.Schedule = 0.999, *, ramp: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps a moving average of the parameters: LAST in the chain. Updates pass unchanged.
 
@@ -27,7 +29,8 @@ def mean_teacher(
     update it is the parameters themselves. Leaves that are no floats are the newest.
 
     Args:
-      decay: from 0 to 1, or a schedule of t that gives it.
+      decay: from 0 to 1, an array too (`optax.inject_hyperparams`), or a schedule of t that gives
+        it.
       ramp: False for d = decay from the first update on.
 
     Returns:
@@ -48,7 +51,8 @@ def mean_teacher(
     References:
       Tarvainen, Valpola, "Mean teachers are better role models", 2017, arXiv 1703.01780.
     """
-    if not callable(decay) and not 0 <= decay <= 1:
+    traced = isinstance(decay, Tracer)  # by `optax.inject_hyperparams`, under `jit`
+    if not callable(decay) and not traced and not 0 <= float(decay) <= 1:
         raise ValueError(f"`mean_teacher({decay})` expects a number from 0 to 1, such as 0.999.")
 
     def init(params: PyTree) -> MeanTeacherState:
@@ -82,29 +86,74 @@ def mean_teacher(
 def teacher_of(opt_state: PyTree, params: PyTree | None = None) -> PyTree:
     """Finds the average that `mean_teacher` keeps, in the state of any chain it is part of.
 
+    The parts of `optax.multi_transform` are put together.
+
     Args:
       opt_state: an optimizer state.
-      params: where given, the average takes their dtypes.
+      params: where given, the average takes their dtypes; and they stand for what no average is
+        kept of, because `optax.masked` or `multi_transform` left it out.
 
     Returns:
       A tree like the parameters, for the same function.
 
     Raises:
-      ValueError: if there is no average in the state, or more than one.
+      ValueError: if there is no average in the state, or more than one of the same leaf; without
+        `params`, if there is none of some leaf.
     """
     is_state = lambda node: isinstance(node, MeanTeacherState)  # noqa: E731
     found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
-    if len(found) != 1:
+    if not found:
         raise ValueError(
-            f"`teacher_of(opt_state)` found {len(found)} averages, not one, in the state "
+            "`teacher_of(opt_state)` found no average in the state "
             f"({type(opt_state).__name__}); `distill.mean_teacher` belongs into the chain, once."
         )
+    average = functools.reduce(_merged, [node.average for node in found])
     if params is None:
-        return found[0].average
-    return jax.tree.map(lambda a, p: a.astype(jnp.result_type(p)), found[0].average, params)
+        if any(map(_is_absent, jax.tree.leaves(average, is_leaf=_is_absent))):
+            raise ValueError(
+                "`teacher_of(opt_state)` found an average of some parameters alone, for "
+                "`mean_teacher` is inside `optax.masked` or `multi_transform`: say "
+                "`teacher_of(opt_state, params)`, which stand for the others."
+            )
+        return average
+    return _filled(average, params)
+
+
+# Helpers, in order of use.
 
 
 def _widened(param: jax.typing.ArrayLike) -> jax.Array:
     dtype = jnp.result_type(param)
     low = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
     return jnp.array(param, jnp.float32 if low else dtype, copy=True)
+
+
+def _is_absent(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _merged(one: PyTree, other: PyTree) -> PyTree:
+    """Fills what `optax.masked` left out of one tree from the other."""
+    if _is_absent(one):
+        return other
+    if _is_absent(other):
+        return one
+    children, treedef = jax.tree.flatten(one, is_leaf=lambda node: node is not one)
+    others, same = jax.tree.flatten(other, is_leaf=lambda node: node is not other)
+    if treedef != same or (len(children) == 1 and children[0] is one):
+        raise ValueError(
+            "`teacher_of(opt_state)` found more than one average of the same parameters; "
+            "`distill.mean_teacher` belongs into the chain, once."
+        )
+    return treedef.unflatten(map(_merged, children, others))
+
+
+def _filled(average: PyTree, params: PyTree) -> PyTree:
+    """The average in the dtypes of the parameters, which stand for what it leaves out."""
+
+    def fill(own: Any, param: Any) -> Any:
+        if _is_absent(own):
+            return param
+        return own.astype(jnp.result_type(param))
+
+    return jax.tree.map(fill, average, params, is_leaf=_is_absent)

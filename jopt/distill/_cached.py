@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from ._divergence import divergence
 from ._examples import (
     check_floats,
     check_options,
@@ -18,7 +19,6 @@ from ._examples import (
     reduced,
     spread,
 )
-from ._logits import divergence
 
 
 @functools.partial(

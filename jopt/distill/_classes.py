@@ -3,16 +3,15 @@
 import jax
 import jax.numpy as jnp
 
+from ._divergence import divergence, softened
 from ._examples import (
     check_labels,
     check_logits,
-    count,
     dtype_of,
     kept,
+    numbers,
     reduced,
-    unit,
 )
-from ._logits import divergence, softened
 
 
 def dkd(
@@ -69,14 +68,17 @@ def dkd(
     classes = jnp.shape(student)[-1]
     if classes < 2:
         raise ValueError(f"`dkd(student, ...)` expects two classes or more; student has {classes}.")
-    log_q, log_p, scale = softened(student, teacher, temperature, where)
-    labels = jnp.asarray(labels)
-    target = labels[..., None] == jnp.arange(classes, dtype=labels.dtype).reshape(
-        *(1,) * labels.ndim, -1
+    log_q, log_p, gap, scale = softened(student, teacher, temperature, where)
+    index, _ = numbers(labels, classes)
+    target = index[..., None] == jnp.arange(classes, dtype=index.dtype).reshape(
+        *(1,) * index.ndim, -1
     )
-    (sure_q, others_q), (sure_p, others_p) = (_apart(x, target) for x in (log_q, log_p))
+    (sure_q, others_q, rest_q), (sure_p, others_p, rest_p) = (
+        _apart(x, target) for x in (log_q, log_p)
+    )
+    others = divergence(others_p, others_q, jnp.where(target, 0.0, gap) - (rest_p - rest_q))
     alpha, beta = (jnp.asarray(x, scale.dtype) for x in (alpha, beta))
-    loss = alpha * divergence(sure_p, sure_q) + beta * divergence(others_p, others_q)
+    loss = alpha * divergence(sure_p, sure_q) + beta * others
     loss = jnp.where(jnp.any(target, axis=-1), scale**2 * loss, jnp.nan)
     return reduced(loss, reduction, where)
 
@@ -96,7 +98,7 @@ def dist(
         T² · (inter · mean_e (1 - ρ(q_e, p_e)) + intra · mean_c (1 - ρ(q_·c, p_·c)))
 
     ρ is Pearson's correlation, of the classes of one example e and, over all examples, of one class
-    c. Where one side does not vary, ρ is zero and has no gradient.
+    c. Where one side does not vary, by more than float32 rounds, ρ is zero and has no gradient.
 
     Args:
       student: logits `[..., classes]`.
@@ -144,8 +146,9 @@ def dist(
 # Helpers, in order of use.
 
 
-def _apart(log_p: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Logarithms of (target, the others together), and of the others among themselves."""
+def _apart(log_p: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logarithms of (target, the others together), of the others among themselves, and of both's
+    ratio."""
     others = jnp.where(target, -jnp.inf, log_p)
     possible = jnp.any(others > -jnp.inf, axis=-1, keepdims=True)
     # Where the target has everything, logsumexp of nothing but -inf would have no derivative.
@@ -153,18 +156,28 @@ def _apart(log_p: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
     rest = jax.nn.logsumexp(safe, axis=-1, keepdims=True)
     own = jnp.sum(jnp.where(target, log_p, 0.0), axis=-1, keepdims=True)
     sure = jnp.concatenate([own, jnp.where(possible, rest, -jnp.inf)], axis=-1)
-    return sure, jnp.where(possible, safe - rest, -jnp.inf)
+    return sure, jnp.where(possible, safe - rest, -jnp.inf), rest
 
 
 def _correlation(
     x: jax.Array, y: jax.Array, axis: int, where: jax.Array | None = None
 ) -> jax.Array:
-    if where is None:
-        x, y = (a - jnp.mean(a, axis=axis, keepdims=True) for a in (x, y))
-    else:
-        total = count(where, x.dtype)
-        means = [jnp.sum(jnp.where(where, a, 0.0), axis=axis, keepdims=True) for a in (x, y)]
-        x, y = (
-            jnp.where(where, a - mean / total, 0.0) for a, mean in zip((x, y), means, strict=True)
-        )
-    return jnp.sum(unit(x, axis) * unit(y, axis), axis=axis)
+    x, y = (_direction(a, axis, where) for a in (x, y))
+    return jnp.sum(x * y, axis=axis)
+
+
+def _direction(x: jax.Array, axis: int, where: jax.Array | None) -> jax.Array:
+    """`x` without its mean, divided by its norm; zero where it varies by rounding alone."""
+    chosen = jnp.ones((1,) * x.ndim, bool) if where is None else where
+    total = jnp.maximum(jnp.sum(jnp.broadcast_to(chosen, x.shape), axis, x.dtype, keepdims=True), 1)
+
+    def mean(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(chosen, x, 0.0), axis=axis, keepdims=True) / total
+
+    middle = mean(x)
+    rest = jnp.where(chosen, x - middle, 0.0)
+    rest = jnp.where(chosen, rest - mean(rest), 0.0)  # a long sum is rounded more than its terms
+    noise = 8 * jnp.finfo(x.dtype).eps * jnp.abs(middle)
+    square = jnp.sum(rest * rest, axis=axis, keepdims=True)
+    varies = square > total * noise**2
+    return jnp.where(varies, rest * jax.lax.rsqrt(jnp.where(varies, square, 1.0)), 0.0)

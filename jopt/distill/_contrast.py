@@ -5,7 +5,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._examples import check_floats, check_options, check_temperature, dtype_of, kept, reduced, unit
+from ._examples import (
+    check_floats,
+    check_options,
+    check_temperature,
+    check_weight,
+    count,
+    dtype_of,
+    kept,
+    numbers,
+    reduced,
+    unit,
+)
 
 
 class Bank(NamedTuple):
@@ -65,7 +76,8 @@ def crd(
       where: booleans `[batch]`, False for examples that do not count.
 
     Returns:
-      A float32 scalar, or `[batch]` without reduction.
+      A float32 scalar, or `[batch]` without reduction. It is NaN where an example counts and one of
+      its numbers is none of the bank's.
 
     Raises:
       ValueError: if shapes do not fit, or an option is not one of those above.
@@ -85,14 +97,16 @@ def crd(
     _check("crd", student, teacher, bank, indices, negatives)
     check_temperature("crd", temperature)
     check_options("crd", reduction, where, jnp.shape(student)[:1])
-    scores = _scores(student, teacher, bank, indices, negatives, temperature, where)
-    own = _scale(scores, bank, where)
+    rows, known = _rows(bank, indices, negatives)
+    scores = _scores(student, teacher, bank, rows, temperature, where)
+    own = _scale(scores, bank, known if where is None else where & known)
     share = jnp.log(jnp.asarray(negatives.shape[-1] / len(bank.student), scores.dtype))
     logits = scores - jnp.log(own).reshape(2, 1, 1) - share
     # h is the logistic function of these; the first column is the example itself.
     right = jax.nn.log_sigmoid(logits[..., 0])
     wrong = jnp.sum(jax.nn.log_sigmoid(-logits[..., 1:]), axis=-1)
-    return reduced(-jnp.sum(right + wrong, axis=0), reduction, where)
+    loss = jnp.where(known, -jnp.sum(right + wrong, axis=0), jnp.nan)
+    return reduced(loss, reduction, where)
 
 
 def crd_update(
@@ -118,21 +132,30 @@ def crd_update(
       negatives: likewise.
       temperature: as of `crd`.
       momentum: from 0 to 1.
-      where: as of `crd`; the rows of examples that do not count stay.
+      where: as of `crd`; the rows of examples that do not count stay, and so do those of an example
+        one of whose numbers is none of the bank's.
+
+    Raises:
+      ValueError, TypeError: as `crd` does, and if `momentum` is not a scalar from 0 to 1.
     """
     _check("crd_update", student, teacher, bank, indices, negatives)
+    check_temperature("crd_update", temperature)
+    check_weight("crd_update", "momentum", momentum)
+    check_options("crd_update", None, where, jnp.shape(student)[:1])
     student, teacher = (jax.lax.stop_gradient(x) for x in (student, teacher))
-    scores = _scores(student, teacher, bank, indices, negatives, temperature, where)
-    scale = _scale(scores, bank, where).astype(jnp.float32)
-    if where is not None:  # an empty batch teaches nothing, an index out of range is dropped
-        scale = jnp.where(jnp.any(where), scale, bank.scale)
-        indices = jnp.where(where, indices, len(bank.student))
+    rows, known = _rows(bank, indices, negatives)
+    counted = known if where is None else where & known
+    scores = _scores(student, teacher, bank, rows, temperature, counted)
+    scale = _scale(scores, bank, counted).astype(jnp.float32)
+    # A batch of nothing teaches nothing, an index out of range is dropped.
+    scale = jnp.where(jnp.any(counted), scale, bank.scale)
+    own = jnp.where(counted, rows[:, 0], len(bank.student))
     share = jnp.asarray(momentum, jnp.float32)
 
-    def moved(rows: jax.Array, embedding: jax.Array) -> jax.Array:
-        old = jnp.take(rows, indices, axis=0, mode="clip")
-        new = unit(share * old + (1 - share) * unit(kept(embedding, where, jnp.float32), -1), -1)
-        return rows.at[indices].set(new, mode="drop")
+    def moved(memory: jax.Array, embedding: jax.Array) -> jax.Array:
+        old = jnp.take(memory, own, axis=0, mode="clip")
+        new = unit(share * old + (1 - share) * unit(kept(embedding, counted, jnp.float32), -1), -1)
+        return memory.at[own].set(new, mode="drop")
 
     return Bank(moved(bank.student, student), moved(bank.teacher, teacher), scale)
 
@@ -168,18 +191,24 @@ def _check(
             )
 
 
+def _rows(bank: Bank, indices: jax.Array, negatives: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`[batch, 1 + K]` rows of the bank, int32; and for which examples all of them exist."""
+    size = len(bank.student)
+    (own, found), (others, there) = numbers(indices, size), numbers(negatives, size)
+    rows = jnp.concatenate([own[:, None], others], axis=1)
+    return jnp.clip(rows, 0, size - 1), found & jnp.all(there, axis=1)
+
+
 def _scores(
     student: jax.Array,
     teacher: jax.Array,
     bank: Bank,
-    indices: jax.Array,
-    negatives: jax.Array,
+    rows: jax.Array,
     temperature: jax.typing.ArrayLike,
     where: jax.Array | None,
 ) -> jax.Array:
     """`[2, batch, 1 + K]`: products over T of the student with the teacher's rows, and v.v."""
     dtype = dtype_of(student, teacher)
-    rows = jnp.concatenate([indices.astype(negatives.dtype)[:, None], negatives], axis=1)
     scores = []
     for embedding, memory in ((student, bank.teacher), (teacher, bank.student)):
         others = jax.lax.stop_gradient(memory.astype(dtype))[rows]
@@ -187,14 +216,10 @@ def _scores(
     return jnp.stack(scores) / jnp.asarray(temperature, dtype)
 
 
-def _scale(scores: jax.Array, bank: Bank, where: jax.Array | None) -> jax.Array:
+def _scale(scores: jax.Array, bank: Bank, where: jax.Array) -> jax.Array:
     """Z of either side, from this batch where the bank has none yet."""
     exponents = jax.lax.stop_gradient(jnp.exp(scores))
-    if where is None:
-        mean = jnp.mean(exponents, axis=(1, 2))
-    else:
-        chosen = jnp.asarray(where)[None, :, None]
-        total = jnp.maximum(jnp.sum(where, dtype=scores.dtype), 1.0) * scores.shape[-1]
-        mean = jnp.sum(jnp.where(chosen, exponents, 0.0), axis=(1, 2)) / total
+    total = count(where, scores.dtype) * scores.shape[-1]
+    mean = jnp.sum(jnp.where(where[None, :, None], exponents, 0.0), axis=(1, 2)) / total
     known = bank.scale.astype(scores.dtype)
     return jnp.where(known > 0, known, jnp.maximum(mean, 1e-30) * len(bank.student))

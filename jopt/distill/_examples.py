@@ -42,8 +42,19 @@ def reduced(loss: jax.Array, reduction: str | None, where: jax.Array | None) -> 
     if reduction is None:
         return loss
     if where is None:
-        return jnp.mean(loss)
+        return jnp.sum(loss) / max(loss.size, 1)
     return jnp.sum(loss) / count(where, loss.dtype)
+
+
+def numbers(x: Any, size: int) -> tuple[jax.Array, jax.Array]:
+    """Integers of any dtype as int32, -1 or `size` where they are below 0 or too large; which fit.
+
+    A dtype too small for `size` would wrap in comparisons, and one too large in the conversion.
+    """
+    x = jnp.asarray(x)
+    limits = jnp.iinfo(x.dtype)
+    x = jnp.clip(x, max(-1, int(limits.min)), min(size, int(limits.max))).astype(jnp.int32)
+    return x, (x >= 0) & (x < size)
 
 
 def unit(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:

@@ -10,6 +10,7 @@ from ._examples import (
     check_weight,
     dtype_of,
     kept,
+    numbers,
     reduced,
 )
 
@@ -156,8 +157,6 @@ def _log_q(student: jax.Array, where: jax.Array | None) -> jax.Array:
 
 def _surprise(log_q: jax.Array, labels: jax.Array) -> jax.Array:
     """-log q of each label; NaN where it names no class."""
-    labels, classes = jnp.asarray(labels), log_q.shape[-1]
-    named = (labels >= 0) & (labels < classes)
-    index = jnp.where(named, labels, 0)[..., None]
-    own = jnp.take_along_axis(log_q, index, axis=-1)[..., 0]
+    index, named = numbers(labels, log_q.shape[-1])
+    own = jnp.take_along_axis(log_q, jnp.where(named, index, 0)[..., None], axis=-1)[..., 0]
     return jnp.where(named, -own, jnp.nan)

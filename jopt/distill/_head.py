@@ -16,9 +16,9 @@ from jax import lax
 from jopt.trace import lift
 
 from ._cached import TopK, log_rest, safe
-from ._examples import check_temperature, count, dtype_of
+from ._divergence import divergence
+from ._examples import check_temperature, count, dtype_of, numbers
 from ._heads import Head, as_head, check_heads
-from ._logits import divergence
 
 _BLOCK = 1 << 21  # entries of the head's gradient that are added to at a time
 
@@ -255,15 +255,14 @@ def _exponents(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def _named(z: jax.Array, top: jax.Array, task: _Task) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Which class each label names, its cross-entropy, and the logarithm of the sum it needs."""
-    labels = task.labels
-    columns = lax.broadcasted_iota(labels.dtype, z.shape, 1)
+    columns = lax.broadcasted_iota(jnp.int32, z.shape, 1)
     sharp = (z - top) * task.temperature
     sure = jnp.log(jnp.sum(jnp.exp(sharp), axis=-1, keepdims=True))
-    named = (labels >= 0) & (labels < z.shape[-1])
-    index = jnp.where(named, labels, 0)[:, None]
-    given = jnp.take_along_axis(sharp, index, axis=-1)
+    index, named = numbers(task.labels, z.shape[-1])
+    index = index[:, None]
+    given = jnp.take_along_axis(sharp, jnp.where(named[:, None], index, 0), axis=-1)
     hard = jnp.where(named, (sure - given)[:, 0], jnp.nan)
-    return columns == labels[:, None], hard, sure
+    return columns == index, hard, sure
 
 
 def _target(log_q: jax.Array, task: _Task) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from ._examples import check_logits, check_weight, dtype_of, kept, reduced
+from ._divergence import divergence, softened
+from ._examples import check_logits, check_weight, dtype_of, kept, reduced, spread
 
 
 def kd(
@@ -56,8 +57,8 @@ def kd(
       Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531.
     """
     check_logits("kd", student, teacher, temperature, reduction, where)
-    log_q, log_p, scale = softened(student, teacher, temperature, where)
-    return reduced(scale**2 * divergence(log_p, log_q), reduction, where)
+    log_q, log_p, gap, scale = softened(student, teacher, temperature, where)
+    return reduced(scale**2 * divergence(log_p, log_q, gap), reduction, where)
 
 
 def reverse_kl(
@@ -100,8 +101,8 @@ def reverse_kl(
       2306.08543.
     """
     check_logits("reverse_kl", student, teacher, temperature, reduction, where)
-    log_q, log_p, scale = softened(student, teacher, temperature, where)
-    return reduced(scale**2 * divergence(log_q, log_p), reduction, where)
+    log_q, log_p, gap, scale = softened(student, teacher, temperature, where)
+    return reduced(scale**2 * divergence(log_q, log_p, -gap), reduction, where)
 
 
 def js(
@@ -149,8 +150,8 @@ def js(
     """
     check_logits("js", student, teacher, temperature, reduction, where)
     check_weight("js", "weight", weight)
-    log_q, log_p, scale = softened(student, teacher, temperature, where)
-    return reduced(scale**2 * _weighed(log_p, log_q, weight), reduction, where)
+    log_q, log_p, gap, scale = softened(student, teacher, temperature, where)
+    return reduced(scale**2 * _weighed(log_p, log_q, gap, weight), reduction, where)
 
 
 def standardized_kd(
@@ -167,10 +168,12 @@ def standardized_kd(
 
     over the last axis, ε = 1e-7. The student is taught relations between classes, not the size of
     the teacher's logits. The paper's deviation divides by the number of classes, as here; its code
-    divides by one less.
+    divides by one less. A class of one side that is ruled out (a logit of minus infinity, or of
+    less than half the least number of its dtype) is left out of that side's mean and deviation. A
+    mask of another size, such as -1e9, is a logit like any other here: replace it.
 
     Args:
-      student: finite logits `[..., classes]`.
+      student: logits `[..., classes]`.
       teacher: logits of the same shape; no gradient flows to them.
       temperature: as of `kd`.
       reduction: as of `kd`.
@@ -195,56 +198,56 @@ def standardized_kd(
     """
     check_logits("standardized_kd", student, teacher, temperature, reduction, where)
     dtype = dtype_of(student, teacher)
-    student, teacher = (_standardized(kept(x, where, dtype)) for x in (student, teacher))
-    log_q, log_p, scale = softened(student, teacher, temperature, where)
-    return reduced(scale**2 * divergence(log_p, log_q), reduction, where)
+    student, teacher = (_standardized(x, where, dtype) for x in (student, teacher))
+    log_q, log_p, gap, scale = softened(student, teacher, temperature, where)
+    return reduced(scale**2 * divergence(log_p, log_q, gap), reduction, where)
 
 
 # Helpers, in order of use.
 
 
-def softened(
-    student: jax.Array, teacher: jax.Array, temperature: Any, where: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The logarithms of both distributions, the student's first, and the temperature."""
-    dtype = dtype_of(student, teacher)
-    scale = jnp.asarray(temperature, dtype)
-    teacher = jax.lax.stop_gradient(teacher)
-    log_q, log_p = (
-        jax.nn.log_softmax(kept(x, where, dtype) / scale, axis=-1) for x in (student, teacher)
-    )
-    return log_q, log_p, scale
+def _weighed(log_p: jax.Array, log_q: jax.Array, gap: jax.Array, weight: Any) -> jax.Array:
+    if not isinstance(weight, Tracer):
+        if float(weight) == 0:
+            return divergence(log_p, log_q, gap)
+        if float(weight) == 1:
+            return divergence(log_q, log_p, -gap)
+        return _between(log_p, log_q, gap, jnp.asarray(weight, log_p.dtype))
+    weight = jax.lax.stop_gradient(weight.astype(log_p.dtype))
+    first, last = weight == 0, weight == 1
+    # An end that is not asked for compares a distribution with itself: it may be infinite, and a
+    # derivative of infinity that nobody asks for would still be NaN.
+    forward = jnp.where(first, log_p, log_q), log_q, jnp.where(first, gap, 0.0)
+    backward = log_q, jnp.where(last, log_p, log_q), jnp.where(last, -gap, 0.0)
+    inside = _between(log_p, log_q, gap, jnp.where(first | last, 0.5, weight))
+    loss = jnp.where(first, divergence(*forward), inside)
+    return jnp.where(last, divergence(*backward), loss)
 
 
-def divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """KL(p ‖ q) over the last axis."""
-    p = jnp.exp(log_p)
-    # Both logarithms are replaced where p is 0, or the gradient would meet 0 · infinity.
-    possible = p > 0
-    ratio = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
-    return jnp.sum(p * ratio, axis=-1)
-
-
-def _weighed(log_p: jax.Array, log_q: jax.Array, weight: Any) -> jax.Array:
-    if isinstance(weight, Tracer):
-        loss = _between(log_p, log_q, jnp.clip(weight.astype(log_p.dtype), 1e-6, 1 - 1e-6))
-        loss = jnp.where(weight == 0, divergence(log_p, log_q), loss)
-        return jnp.where(weight == 1, divergence(log_q, log_p), loss)
-    if float(weight) in (0.0, 1.0):
-        return divergence(log_q, log_p) if float(weight) else divergence(log_p, log_q)
-    return _between(log_p, log_q, jnp.asarray(weight, log_p.dtype))
-
-
-def _between(log_p: jax.Array, log_q: jax.Array, weight: jax.Array) -> jax.Array:
+def _between(log_p: jax.Array, log_q: jax.Array, gap: jax.Array, weight: jax.Array) -> jax.Array:
     weight = jax.lax.stop_gradient(weight)
     # What neither allows counts nothing, and its logarithms have no derivative.
     possible = (jnp.exp(log_p) > 0) | (jnp.exp(log_q) > 0)
     safe_p, safe_q = (jnp.where(possible, x, 0.0) for x in (log_p, log_q))
     log_m = jnp.logaddexp(safe_p + jnp.log(weight), safe_q + jnp.log1p(-weight))
-    return weight * divergence(log_p, log_m) + (1 - weight) * divergence(log_q, log_m)
+    log_m = jnp.where(possible, log_m, -jnp.inf)
+    # log p - log m and log q - log m; where p and q are near, from their gap, as exact as that is.
+    near = possible & (jnp.abs(gap) < 1)
+    small = jnp.where(near, gap, 0.0)
+    of_p = jnp.where(near, -jnp.log1p((1 - weight) * jnp.expm1(-small)), safe_p - log_m)
+    of_q = jnp.where(near, -jnp.log1p(weight * jnp.expm1(small)), safe_q - log_m)
+    forward, backward = divergence(log_p, log_m, of_p), divergence(log_q, log_m, of_q)
+    return weight * forward + (1 - weight) * backward
 
 
-def _standardized(logits: jax.Array) -> jax.Array:
-    centered = logits - jnp.mean(logits, axis=-1, keepdims=True)
-    variance = jnp.mean(centered**2, axis=-1, keepdims=True)
-    return centered * jax.lax.rsqrt(variance + 1e-14)
+def _standardized(logits: jax.Array, where: jax.Array | None, dtype: Any) -> jax.Array:
+    # What a model writes instead of minus infinity: its square would be infinite.
+    allowed = logits > jnp.finfo(jnp.result_type(logits)).min / 2
+    if where is not None:
+        allowed = allowed | ~spread(where, allowed.ndim)
+    logits = jnp.where(allowed, kept(logits, where, dtype), 0.0)
+    classes = jnp.maximum(jnp.sum(allowed, axis=-1, keepdims=True, dtype=dtype), 1.0)
+    mean = jnp.sum(logits, axis=-1, keepdims=True) / classes
+    centered = jnp.where(allowed, logits - mean, 0.0)
+    variance = jnp.sum(centered**2, axis=-1, keepdims=True) / classes
+    return jnp.where(allowed, centered * jax.lax.rsqrt(variance + 1e-14), -jnp.inf)

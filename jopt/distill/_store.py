@@ -7,6 +7,7 @@ given the output of another one: it is not found instead. Files are safetensors,
 import hashlib
 import os
 import pathlib
+import zlib
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from ._cached import TopK
 Folder = str | os.PathLike[str]
 _BYTES = 16  # of a key: one chance in 10^20 that two of 10^9 examples share one
 _FORMAT = "jopt.distill.topk/1"
+_CHECK = "crc32"  # of a file's arrays; files of before it was written are read without
 
 
 def content_keys(examples: Any) -> np.ndarray:
@@ -142,7 +144,8 @@ class CacheWriter:
         if not self._rows:
             return
         tensors = {k: np.stack([row[k] for row in self._rows]) for k in self._rows[0]}
-        data = _safetensors().numpy.save(tensors, metadata=self._kind)
+        known = {**(self._kind or {}), _CHECK: _checksum(tensors)}
+        data = _safetensors().numpy.save(tensors, metadata=known)
         name = hashlib.blake2b(tensors["keys"].tobytes(), digest_size=8).hexdigest()
         _write(self.folder / f"{name}.safetensors", data)
         self._rows = []
@@ -160,7 +163,8 @@ class Cache:
 
     Keys are held in memory, outputs stay on disk and are read row by row, so it can stand in the
     pipeline that makes batches (a function of a batch, for `grain.MapDataset.map` say) and travels
-    to its processes.
+    to its processes. Every file is read whole once, here, and compared with the checksum in its
+    header (files of jopt 0.1 that have none are taken as they are).
 
     Args:
       folder: what `CacheWriter` wrote.
@@ -267,6 +271,13 @@ def _columns(cached: TopK, dtype: np.dtype) -> dict[str, np.ndarray]:
     }
 
 
+def _checksum(tensors: dict[str, np.ndarray]) -> str:
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(np.ascontiguousarray(_little(tensors[name])), total)
+    return f"{total:08x}"
+
+
 def _kind(cached: TopK, teacher: str, shape: tuple[int, ...]) -> dict[str, str]:
     return {
         "format": _FORMAT,
@@ -301,7 +312,7 @@ def _read(path: pathlib.Path, take: Callable[[Any], Any]) -> Any:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return take(file)
-    except (safetensors.SafetensorError, KeyError) as error:
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"`{path}` is damaged, or holds no teacher's outputs: {error}") from error
 
 
@@ -310,11 +321,16 @@ def _header(file: Any) -> tuple[dict[str, str], np.ndarray]:
     kind, keys = dict(file.metadata() or {}), file.get_tensor("keys")
     if kind.get("format") != _FORMAT:
         raise KeyError(f"its format is {kind.get('format')!r}, not {_FORMAT!r}")
+    check, _ = kind.pop(_CHECK, None), kind["teacher"]
+    if not (int(kind["classes"]) > 0 and float(kind["temperature"]) > 0):
+        raise KeyError(f"{kind['classes']} classes at temperature {kind['temperature']}")
     shape = [len(keys), *(int(size) for size in kind["shape"].split(","))]
     expected = {"keys": [len(keys), _BYTES], "log_p": shape, "indices": shape, "tail": shape[:-1]}
     for name, wanted in expected.items():
         if list(file.get_slice(name).get_shape()) != wanted:
             raise KeyError(f"`{name}` is not {wanted}")
+    if check is not None and check != _checksum({k: file.get_tensor(k) for k in expected}):
+        raise KeyError("its checksum is another")
     return kind, keys
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jopt.trace import lift
 
-from ._examples import check_temperature, dtype_of
+from ._examples import check_labels, check_temperature, dtype_of, numbers
 from ._logits import kd
 
 Apply = Callable[..., Any]
@@ -70,7 +70,7 @@ def ensemble(
       applies: one function for all, or one for each model.
       of: what is averaged.
       temperature: T, above 0; of no consequence to logits.
-      weights: one for each model, which are divided by their sum; alike by default.
+      weights: one for each model, at least 0, which are divided by their sum; alike by default.
       allow_dense: as of `teacher`.
 
     Returns:
@@ -78,7 +78,7 @@ def ensemble(
       returning float32 logits.
 
     Raises:
-      ValueError: for unknown options, and when called if numbers of models disagree or they return
+      ValueError: for unknown options or weights, and when called if numbers of models disagree or they return
         logits of several shapes.
 
     Example:
@@ -92,9 +92,15 @@ def ensemble(
         raise ValueError(f'`ensemble(..., of={of!r})` expects "probabilities" or "logits".')
     check_temperature("ensemble", temperature)
 
+    given = None if weights is None else np.asarray(weights, np.float64)
+    if given is not None and not (np.all(given >= 0) and 0 < given.sum() < np.inf):
+        raise ValueError(
+            f"`ensemble(..., weights={weights})` expects numbers of at least 0, not all of them 0."
+        )
+
     def together(params: Sequence[Any], *inputs: Any, **options: Any) -> jax.Array:
         models = [applies] * len(params) if callable(applies) else list(applies)
-        shares = np.ones(len(params)) if weights is None else np.asarray(weights, np.float64)
+        shares = np.ones(len(params)) if given is None else given
         if not len(models) == len(params) == len(shares) > 0:
             raise ValueError(
                 f"`ensemble(...)` of {len(models)} functions and {len(shares)} weights expects as "
@@ -111,10 +117,12 @@ def ensemble(
         stacked = jnp.stack([x.astype(dtype) for x in logits])
         portions = jnp.asarray(shares / shares.sum(), dtype).reshape(-1, *(1,) * (stacked.ndim - 1))
         if of == "logits":
-            return jnp.sum(portions * stacked, axis=0)
+            # A class that a model of no weight rules out is not ruled out: 0 · infinity is none.
+            return jnp.sum(jnp.where(portions > 0, portions * stacked, 0.0), axis=0)
         scale = jnp.asarray(temperature, dtype)
         log_p = jax.nn.log_softmax(stacked / scale, axis=-1)
-        return scale * jax.nn.logsumexp(log_p + jnp.log(portions), axis=0)
+        log_p = jnp.where(portions > 0, log_p + jnp.log(portions), -jnp.inf)
+        return scale * jax.nn.logsumexp(log_p, axis=0)
 
     return together
 
@@ -130,10 +138,12 @@ def virtual_teacher(labels: jax.Array, classes: int, *, correct: float = 0.99) -
       correct: the label's probability, between 1 / classes and 1.
 
     Returns:
-      Float32 logits `[..., classes]`, for `kd` at a high temperature.
+      Float32 logits `[..., classes]`, for `kd` at a high temperature; NaN where a label names no
+      class, so say `where=` to the loss for those that do not count.
 
     Raises:
       ValueError: if `classes` or `correct` is out of range.
+      TypeError: if labels are not integers.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -152,7 +162,11 @@ def virtual_teacher(labels: jax.Array, classes: int, *, correct: float = 0.99) -
             "and a probability between 1 / classes and 1."
         )
     sure, rest = np.log(correct), np.log((1 - correct) / (classes - 1))
-    return jnp.where(jax.nn.one_hot(labels, classes) > 0, jnp.float32(sure), jnp.float32(rest))
+    check_labels("virtual_teacher", labels, jnp.shape(labels))
+    index, named = numbers(labels, classes)
+    own = jax.nn.one_hot(index, classes) > 0
+    logits = jnp.where(own, jnp.float32(sure), jnp.float32(rest))
+    return jnp.where(named[..., None], logits, jnp.nan)
 
 
 def mutual(
