@@ -110,10 +110,24 @@ def fused_kd(
     task = lax.stop_gradient(task)
     hidden = flat(student)
     tokens = min(chunk, max(len(hidden), 1))
-    return _fused(tokens, (hidden, head), task)
+    learned = hidden, jax.tree.map(jnp.asarray, head)
+    # Inside `shard_map` all must vary over the same axes: the gradient of what did not is then
+    # summed over the devices, outside of the derivative that is written by hand.
+    axes = frozenset().union(*map(_axes, jax.tree.leaves((learned, task))))
+    return _fused(tokens, *jax.tree.map(lambda x: _varying(x, axes), (learned, task)))
 
 
 # Helpers, in order of use.
+
+
+def _axes(x: Any) -> frozenset[str]:
+    """The mesh axes of an enclosing `shard_map` over which an array differs."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _varying(x: Any, axes: frozenset[str]) -> Any:
+    missing = axes - _axes(x)
+    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -122,13 +136,17 @@ def _fused(tokens: int, learned: tuple[jax.Array, Head], task: _Task) -> jax.Arr
 
 
 def _forward(tokens: int, learned: tuple[jax.Array, Head], task: _Task) -> tuple[jax.Array, Any]:
-    return _pass(tokens, learned, task, gradients=True)
+    loss, slopes = _pass(tokens, learned, task, gradients=True)
+    # The gradients stay in float32 until the cotangent is known: it may be the factor that keeps
+    # them above what float16 can hold. Empty arrays say what dtypes they will have.
+    return loss, (slopes, jax.tree.map(lambda x: jnp.zeros((0,), x.dtype), learned))
 
 
 def _backward(tokens: int, kept: Any, cotangent: jax.Array) -> tuple[Any, None]:
     del tokens
-    scaled = lambda g: (cotangent * g.astype(cotangent.dtype)).astype(g.dtype)  # noqa: E731
-    return jax.tree.map(scaled, kept), None
+    slopes, like = kept
+    scaled = lambda g, x: (cotangent.astype(g.dtype) * g).astype(x.dtype)  # noqa: E731
+    return jax.tree.map(scaled, slopes, like), None
 
 
 _fused.defvjp(_forward, _backward)
@@ -142,8 +160,9 @@ def _pass(
     total, dtype = len(hidden), task.temperature.dtype
     counted = jnp.asarray(max(total, 1), dtype) if task.where is None else count(task.where, dtype)
     share = 1 / counted
-    zeros = lambda x: jnp.zeros(jnp.shape(x), dtype)  # noqa: E731
-    start = jnp.zeros((), dtype), jax.tree.map(zeros, learned) if gradients else None
+    # Inside `shard_map` zeros must vary over the devices as what is added to them does.
+    zeros = lambda x: _varying(jnp.zeros(jnp.shape(x), dtype), _axes(hidden))  # noqa: E731
+    start = zeros(0.0), jax.tree.map(zeros, learned) if gradients else None
 
     def step(carry: Any, begin: Any, size: int) -> Any:
         loss, slopes = carry
@@ -159,17 +178,15 @@ def _pass(
         h = _counted(cut(hidden), part.where)
         more, slope = _chunk(_logits(head, h, task.temperature), part)
         if slopes is not None:
-            slopes = _added(slopes, slope * share, h, head, begin)
+            slopes = _added(slopes, slope, share, h, head, begin)
         return loss + more * share, slopes
 
-    whole = total // tokens
-    carry = lax.fori_loop(0, whole, lambda i, carry: step(carry, i * tokens, tokens), start)
+    whole, carry = total // tokens, start
+    if whole:
+        carry = lax.fori_loop(0, whole, lambda i, carry: step(carry, i * tokens, tokens), start)
     if rest := total - whole * tokens:
         carry = step(carry, whole * tokens, rest)
-    loss, slopes = carry
-    return loss, jax.tree.map(
-        lambda g, x: g.astype(x.dtype), slopes, learned
-    ) if gradients else None
+    return carry
 
 
 def _counted(x: jax.Array, where: jax.Array | None) -> jax.Array:
@@ -279,20 +296,38 @@ def _target(log_q: jax.Array, task: _Task) -> tuple[jax.Array, jax.Array]:
 
 
 def _added(
-    slopes: tuple[jax.Array, Head], slope: jax.Array, h: jax.Array, head: Head, begin: Any
+    slopes: tuple[jax.Array, Head],
+    slope: jax.Array,
+    share: jax.Array,
+    h: jax.Array,
+    head: Head,
+    begin: Any,
 ) -> tuple[jax.Array, Head]:
-    """The gradients, with those of one chunk of tokens put in or added."""
+    """The gradients, with `share` of those of one chunk of tokens put in or added."""
     hidden, sums = slopes
     # As in the derivative of a product of low precision, operands have its precision.
-    narrow = slope.astype(_common(head.kernel, h))
+    dtype = _common(head.kernel, h)
+    if dtype == jnp.float16:
+        # Which has no exponent for a small share of a small difference: the largest becomes 1024.
+        top = jnp.max(jnp.abs(slope))
+        factor = jnp.where((top > 0) & (top < jnp.inf), 1024 / jnp.where(top > 0, top, 1.0), 1.0)
+        narrow, share = (slope * factor).astype(dtype), share / factor
+        bias = None if sums.bias is None else jnp.sum(slope, axis=0) * (share * factor)
+    else:
+        slope = slope * share
+        narrow, share = slope.astype(dtype), None
+        bias = None if sums.bias is None else jnp.sum(slope, axis=0)
     back = _product(narrow, head.kernel, 1, 0 if head.tied else 1).astype(hidden.dtype)
+    back = back if share is None else back * share
     hidden = lax.dynamic_update_slice_in_dim(hidden, back, begin, 0)
-    bias = None if sums.bias is None else sums.bias + jnp.sum(slope, axis=0)
-    return hidden, Head(_accumulated(sums.kernel, narrow, h, head.tied), bias, head.tied)
+    kernel = _accumulated(sums.kernel, narrow, share, h, head.tied)
+    return hidden, Head(kernel, None if bias is None else sums.bias + bias, head.tied)
 
 
-def _accumulated(kernel: jax.Array, slope: jax.Array, h: jax.Array, tied: bool) -> jax.Array:
-    """kernel + hᵀ · slope, some classes at a time, so that no second array of that size exists."""
+def _accumulated(
+    kernel: jax.Array, slope: jax.Array, share: jax.Array | None, h: jax.Array, tied: bool
+) -> jax.Array:
+    """kernel + share · hᵀ · slope, some classes at a time, so that no second array of that size exists."""
     axis = 0 if tied else 1
     classes = kernel.shape[axis]
     size = min(classes, max(1, _BLOCK // h.shape[1]))
@@ -301,6 +336,7 @@ def _accumulated(kernel: jax.Array, slope: jax.Array, h: jax.Array, tied: bool) 
         part = lax.dynamic_slice_in_dim(slope, begin, size, 1)
         sides = (part, h) if tied else (h, part)
         more = _product(*sides, 0, 0).astype(kernel.dtype)
+        more = more if share is None else more * share
         old = lax.dynamic_slice_in_dim(kernel, begin, size, axis)
         return lax.dynamic_update_slice_in_dim(kernel, old + more, begin, axis)
 

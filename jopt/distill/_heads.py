@@ -41,6 +41,11 @@ def check_heads(
             "`fused_kd(student, head, ...)` learns the head's kernel, which is a typed leaf "
             f"({type(head.kernel).__name__}): pass `head.kernel.materialise()`."
         )
+    if isinstance(teacher, TopK) and given is not None:
+        raise ValueError(
+            "`fused_kd(student, head, <TopK>, teacher_head)`: a `TopK` holds the teacher's classes, "
+            "not hidden states; leave the teacher's head out."
+        )
     leading = jnp.shape(student)[:-1]
     classes = _classes("head", head, jnp.shape(student))
     if isinstance(teacher, TopK):
