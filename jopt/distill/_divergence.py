@@ -1,10 +1,12 @@
 """KL divergences that float32 does not cancel away, however near the two distributions are."""
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from ._examples import dtype_of, kept
 
@@ -35,18 +37,10 @@ def divergence(log_p: jax.Array, log_q: jax.Array, gap: jax.Array | None = None)
     which is sum_i p_i · g_i, because both sum to 1, in terms of which none is negative. `gap` is g
     where it is known better than the difference of the logarithms.
     """
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    # Both logarithms are replaced where p is 0, or the gradient would meet 0 · infinity.
-    possible = p > 0
     if gap is None:
+        possible = log_p > -jnp.inf
         gap = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
-    gap = jnp.where(possible, gap, 0.0)
-    near = possible & (jnp.abs(gap) < _NEAR)
-    # The sum of p - q, zero but for the rounding of the two totals, which it takes out of the gap.
-    change = jnp.where(near, q * jnp.expm1(jnp.where(near, gap, 0.0)), p - q)
-    gap = gap - jax.lax.stop_gradient(jnp.sum(change, axis=-1, keepdims=True))
-    series = p * _bregman(jnp.where(near, gap, 0.0))
-    return jnp.sum(jnp.where(near, series, q - p + p * jnp.where(near, 0.0, gap)), axis=-1)
+    return _divergence(log_p, log_q, gap)
 
 
 # Helpers, in order of use.
@@ -60,6 +54,40 @@ def _logarithms(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 @jax.custom_jvp
+def _divergence(log_p: jax.Array, log_q: jax.Array, gap: jax.Array) -> jax.Array:
+    p, q, gap, near = _prepared(log_p, log_q, gap)
+    series = p * _bregman(jnp.where(near, gap, 0.0))
+    return jnp.sum(jnp.where(near, series, q - p + p * jnp.where(near, 0.0, gap)), axis=-1)
+
+
+@functools.partial(_divergence.defjvp, symbolic_zeros=True)
+def _divergence_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """The derivative along both logarithms, of which the gap is a function."""
+    p, q, gap, near = _prepared(*primals)
+    away = jnp.where(near, p * jnp.expm1(-jnp.where(near, gap, 0.0)), q - p)
+    value = _divergence(*primals)
+    slope = jnp.zeros_like(value)
+    for tangent, factor in zip(tangents[:2], (p * gap, away), strict=True):
+        if not isinstance(tangent, SymbolicZero):
+            slope = slope + jnp.sum(factor * tangent, axis=-1)
+    return value, slope
+
+
+def _prepared(
+    log_p: jax.Array, log_q: jax.Array, gap: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """p, q, the gap where p is not 0, and where it is small."""
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    # What is 0 · infinity counts nothing.
+    possible = p > 0
+    gap = jnp.where(possible, gap, 0.0)
+    near = possible & (jnp.abs(gap) < _NEAR)
+    # The sum of p - q, zero but for the rounding of the two totals, which it takes out of the gap.
+    change = jnp.where(near, q * jnp.expm1(jnp.where(near, gap, 0.0)), p - q)
+    change = jax.lax.stop_gradient(jnp.sum(change, axis=-1, keepdims=True))
+    return p, q, jnp.where(possible, gap - change, 0.0), near
+
+
 def _bregman(x: jax.Array) -> jax.Array:
     """exp(-x) - 1 + x for small x, by its series: the difference would leave nothing at 1e-4."""
     terms = 15 if x.dtype == jnp.float64 else 8
@@ -67,9 +95,3 @@ def _bregman(x: jax.Array) -> jax.Array:
     for k in reversed(range(terms)):
         result = (-1) ** k / math.factorial(k + 2) + x * result
     return x * x * result
-
-
-@_bregman.defjvp
-def _bregman_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> Any:
-    (x,), (dx,) = primals, tangents
-    return _bregman(x), -jnp.expm1(-x) * dx
