@@ -19,7 +19,7 @@ class MeanTeacherState(NamedTuple):
 
 
 def mean_teacher(
-    decay: jax.typing.ArrayLike | optax.Schedule = 0.999, *, ramp: bool = True
+    decay: float | jax.Array | optax.Schedule = 0.999, *, ramp: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps a moving average of the parameters: LAST in the chain. Updates pass unchanged.
 

@@ -178,16 +178,20 @@ def _check(
             f"`{name}(...)` expects embeddings [batch, {width}], as wide as the bank: student is "
             f"{list(shape)}, teacher is {list(jnp.shape(teacher))}."
         )
-    for what, numbers, rank in (("indices", indices, 1), ("negatives", negatives, 2)):
-        if not jnp.issubdtype(jnp.result_type(numbers), jnp.integer):
+    for what, integers, rank in (("indices", indices, 1), ("negatives", negatives, 2)):
+        if not jnp.issubdtype(jnp.result_type(integers), jnp.integer):
             raise TypeError(
-                f"`{name}(..., {what})` expects integers, not {jnp.result_type(numbers)}."
+                f"`{name}(..., {what})` expects integers, not {jnp.result_type(integers)}."
             )
-        if jnp.ndim(numbers) != rank or jnp.shape(numbers)[0] != shape[0] or not jnp.size(numbers):
+        if (
+            jnp.ndim(integers) != rank
+            or jnp.shape(integers)[0] != shape[0]
+            or not jnp.size(integers)
+        ):
             expected = f"[{shape[0]}]" if rank == 1 else f"[{shape[0]}, K]"
             raise ValueError(
                 f"`{name}(..., {what})` expects integers {expected}; they are "
-                f"{list(jnp.shape(numbers))}."
+                f"{list(jnp.shape(integers))}."
             )
 
 

@@ -3,6 +3,7 @@
 An *example* is an entry of all leading axes: a row of a batch, or a token of a row.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,11 @@ def kept(x: jax.Array, where: jax.Array | None, dtype: Any) -> jax.Array:
 def spread(where: jax.Array, rank: int) -> jax.Array:
     """Booleans of leading axes, with axes of size 1 behind them."""
     return jnp.reshape(where, (*jnp.shape(where), *(1,) * (rank - jnp.ndim(where))))
+
+
+def flattened(x: jax.Array) -> jax.Array:
+    """One row an example, no examples included."""
+    return jnp.reshape(x, (x.shape[0], math.prod(x.shape[1:])))
 
 
 def count(where: jax.Array, dtype: Any) -> jax.Array:

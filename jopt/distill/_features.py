@@ -4,13 +4,23 @@ Features are `[batch, ..., channels]`: images `[batch, height, width, channels]`
 time, channels]`. A *position* is an entry of all axes but the last.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ._examples import check_floats, check_options, dtype_of, kept, reduced, unit
+from ._examples import (
+    check_floats,
+    check_options,
+    count,
+    dtype_of,
+    flattened,
+    kept,
+    reduced,
+    unit,
+)
 
 Projection = dict[str, jax.Array]
 
@@ -138,18 +148,22 @@ def attention_transfer(
     if power < 1:
         raise ValueError(f"`{name}(..., power={power})` expects 1 or more.")
     dtype, shape = dtype_of(student, teacher), jnp.shape(student)[:-1]
+    if 0 in shape[1:]:
+        raise ValueError(
+            f"`{name}(student, teacher)` expects positions; student is {list(jnp.shape(student))}."
+        )
     places, examples = _places(name, reduction, where, shape)
     maps = []
     for features in (student, _stopped(teacher)):
         features = kept(features, places, dtype)
         # A power of the square has a derivative at zero where that of |f| has none.
         strength = features**2 if power == 2 else jnp.abs(features) ** power
-        maps.append(unit(jnp.sum(strength, axis=-1).reshape(shape[0], -1), -1))
+        maps.append(unit(flattened(jnp.sum(strength, axis=-1)), -1))
     squared = (maps[0] - maps[1]) ** 2
     if places is None:
         loss = jnp.mean(squared, axis=-1)
     else:
-        total = jnp.sum(places.reshape(shape[0], -1), axis=-1, dtype=dtype)
+        total = jnp.sum(flattened(places), axis=-1, dtype=dtype)
         loss = jnp.sum(squared, axis=-1) / jnp.maximum(total, 1.0)
     return reduced(loss, reduction, examples)
 
@@ -252,9 +266,9 @@ def similarity(
     dtype = dtype_of(student, teacher)
     grams = []
     for features in (student, _stopped(teacher)):
-        rows = kept(features, where, dtype).reshape(jnp.shape(features)[0], -1)
+        rows = flattened(kept(features, where, dtype))
         grams.append(unit(rows @ rows.T, -1))
-    rows = len(grams[0]) if where is None else jnp.maximum(jnp.sum(where, dtype=dtype), 1.0)
+    rows = max(len(grams[0]), 1) if where is None else count(where, dtype)
     return jnp.sum((grams[0] - grams[1]) ** 2) / rows**2
 
 
@@ -314,7 +328,7 @@ def _places(
         where = jnp.asarray(where).reshape(-1, *(1,) * (len(shape) - 1))
         where = jnp.broadcast_to(where, tuple(shape))
     check_options(name, reduction, where, shape)
-    return where, jnp.any(where.reshape(shape[0], -1), axis=-1)
+    return where, jnp.any(flattened(where), axis=-1)
 
 
 def _flow(pair: Sequence[jax.Array]) -> jax.Array:
@@ -325,7 +339,9 @@ def _flow(pair: Sequence[jax.Array]) -> jax.Array:
             f"{list(late.shape)}."
         )
     smaller = tuple(min(sizes) for sizes in zip(early.shape[1:-1], late.shape[1:-1], strict=True))
-    early, late = (_pooled(x, smaller).reshape(len(x), -1, x.shape[-1]) for x in (early, late))
+    early, late = (
+        _pooled(x, smaller).reshape(len(x), math.prod(smaller), x.shape[-1]) for x in (early, late)
+    )
     return jnp.einsum("bxi,bxj->bij", early, late) / early.shape[1]
 
 

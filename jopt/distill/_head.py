@@ -7,6 +7,7 @@ the logits ever exists.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -52,8 +53,13 @@ def fused_kd(
 
     Loss and gradients are those of `mixed(hard(...), kd(...))` on the logits, to rounding. They are
     computed together, `chunk` tokens at a time, whenever a gradient is asked for; without one only
-    the loss is. Temporary memory is three arrays of `[chunk, classes]`. Products are accumulated in
-    float32; logits and what follows are float32.
+    the loss is. Temporary memory is three float32 arrays of `[chunk, classes]`; and, where hidden
+    states or head are of less than float32, their gradients in float32, which they stay in until
+    they are multiplied by what comes from outside, so that scaling the loss saves small ones. (On
+    CPUs XLA widens float16 operands as well.) Products are accumulated in float32; logits and what
+    follows are float32.
+
+    Inside `jax.shard_map` it is the loss of the device's own tokens; `pmean` it.
 
     Args:
       student: hidden states before the head, `[..., width]`.
@@ -69,11 +75,12 @@ def fused_kd(
       chunk: tokens at a time. Fewer take less memory and, below 256 or so, more time.
 
     Returns:
-      A float32 scalar. Gradients flow to `student` and `head` alone, not to `temperature` or
-      `weight`. A label that counts and names no class makes it NaN.
+      A float32 scalar, zero of no tokens. Gradients flow to `student` and `head` alone, not to
+      `temperature` or `weight`. A label that counts and names no class makes it NaN.
 
     Raises:
-      ValueError: if shapes or numbers of classes disagree, or options make no sense.
+      ValueError: if shapes or numbers of classes disagree, options make no sense, or a `TopK`
+        comes with a teacher's head.
       TypeError: if hidden states are not floats, labels not integers, or `where` not boolean.
 
     Example:
@@ -97,7 +104,8 @@ def fused_kd(
     if chunk < 1:
         raise ValueError(f"`fused_kd(..., chunk={chunk})` expects 1 token or more.")
     leading = jnp.ndim(student) - 1
-    flat = lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[leading:]))  # noqa: E731
+    size = math.prod(jnp.shape(student)[:-1])
+    flat = lambda x: jnp.reshape(x, (size, *jnp.shape(x)[leading:]))  # noqa: E731
     dtype = dtype_of(student, *jax.tree.leaves(head))
     task = _Task(
         jax.tree.map(flat, teacher),
@@ -305,29 +313,25 @@ def _added(
 ) -> tuple[jax.Array, Head]:
     """The gradients, with `share` of those of one chunk of tokens put in or added."""
     hidden, sums = slopes
+    bias = None if sums.bias is None else sums.bias + jnp.sum(slope, axis=0) * share
     # As in the derivative of a product of low precision, operands have its precision.
     dtype = _common(head.kernel, h)
     if dtype == jnp.float16:
-        # Which has no exponent for a small share of a small difference: the largest becomes 1024.
+        # Which has no exponent for small differences: the largest of the chunk becomes 1024.
         top = jnp.max(jnp.abs(slope))
         factor = jnp.where((top > 0) & (top < jnp.inf), 1024 / jnp.where(top > 0, top, 1.0), 1.0)
-        narrow, share = (slope * factor).astype(dtype), share / factor
-        bias = None if sums.bias is None else jnp.sum(slope, axis=0) * (share * factor)
-    else:
-        slope = slope * share
-        narrow, share = slope.astype(dtype), None
-        bias = None if sums.bias is None else jnp.sum(slope, axis=0)
-    back = _product(narrow, head.kernel, 1, 0 if head.tied else 1).astype(hidden.dtype)
-    back = back if share is None else back * share
+        slope, share = slope * factor, share / factor
+    narrow = slope.astype(dtype)
+    back = _product(narrow, head.kernel, 1, 0 if head.tied else 1).astype(hidden.dtype) * share
     hidden = lax.dynamic_update_slice_in_dim(hidden, back, begin, 0)
     kernel = _accumulated(sums.kernel, narrow, share, h, head.tied)
-    return hidden, Head(kernel, None if bias is None else sums.bias + bias, head.tied)
+    return hidden, Head(kernel, bias, head.tied)
 
 
 def _accumulated(
-    kernel: jax.Array, slope: jax.Array, share: jax.Array | None, h: jax.Array, tied: bool
+    kernel: jax.Array, slope: jax.Array, share: jax.Array, h: jax.Array, tied: bool
 ) -> jax.Array:
-    """kernel + share · hᵀ · slope, some classes at a time, so that no second array of that size exists."""
+    """kernel + share · hᵀ · slope, some classes at a time: no second array of that size exists."""
     axis = 0 if tied else 1
     classes = kernel.shape[axis]
     size = min(classes, max(1, _BLOCK // h.shape[1]))
@@ -335,8 +339,7 @@ def _accumulated(
     def add(kernel: jax.Array, begin: Any, size: int) -> jax.Array:
         part = lax.dynamic_slice_in_dim(slope, begin, size, 1)
         sides = (part, h) if tied else (h, part)
-        more = _product(*sides, 0, 0).astype(kernel.dtype)
-        more = more if share is None else more * share
+        more = _product(*sides, 0, 0).astype(kernel.dtype) * share
         old = lax.dynamic_slice_in_dim(kernel, begin, size, axis)
         return lax.dynamic_update_slice_in_dim(kernel, old + more, begin, axis)
 

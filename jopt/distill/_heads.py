@@ -43,7 +43,7 @@ def check_heads(
         )
     if isinstance(teacher, TopK) and given is not None:
         raise ValueError(
-            "`fused_kd(student, head, <TopK>, teacher_head)`: a `TopK` holds the teacher's classes, "
+            "`fused_kd(student, head, <TopK>, teacher_head)`: a `TopK` holds classes, "
             "not hidden states; leave the teacher's head out."
         )
     leading = jnp.shape(student)[:-1]

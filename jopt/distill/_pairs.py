@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from jopt.trace import lift, taps
+from jopt.trace import lift, tappable, taps
 
 from ._features import Projection, projection
 
@@ -36,7 +36,8 @@ def pairs(
 
     Neither is edited: the values are tapped as by `jopt.taps`, under the names that
     `jopt.trace.tappable(apply, params, *inputs)` lists. A value inside a scan is stacked over its
-    iterations; `NAME[i]` is that of iteration i, and `NAME[1::2]` that of every second. No gradient
+    iterations; `NAME[i]` is that of iteration i, and `NAME[1::2]` that of every second; of a value
+    outside of scans that is an error. No gradient
     flows to the teacher, and either model may have typed leaves, such as quantized ones.
 
     Args:
@@ -81,6 +82,8 @@ def pairs(
         stop = jax.lax.stop_gradient
         out, found = run_student(student_params, *inputs)
         wanted, known = stop(run_teacher(stop(teacher_params), *inputs))
+        _check_stacked(student, student_params, inputs, ours)
+        _check_stacked(teacher, teacher_params, inputs, theirs)
         features = {}
         for name, other in mapping.items():
             pair = _taken(found, name, ours[name]), _taken(known, other, theirs[name])
@@ -136,6 +139,27 @@ def _parse(name: str) -> tuple[str, int | slice | None]:
 
 def _names(parsed: Mapping[str, tuple[str, Any]]) -> list[str]:
     return list(dict.fromkeys(tap for tap, _ in parsed.values()))
+
+
+def _check_stacked(
+    apply: Callable[..., Any], params: Any, inputs: Any, parsed: Mapping[str, tuple[str, Any]]
+) -> None:
+    """Refuses an iteration of a value that is not inside a scan: it would be an example."""
+    indexed = {tap for tap, index in parsed.values() if index is not None}
+    if not indexed:
+        return
+    stacked: dict[str, int] = {}
+    found = tappable(apply, params, *inputs)
+    for kind in ("checkpoint", "module", "parameter"):  # as `taps` prefers them
+        for tap in found:
+            if tap.kind == kind:
+                stacked.setdefault(tap.name, tap.scans)
+    for name in indexed:
+        if stacked.get(name, 1) == 0:
+            raise ValueError(
+                f"`pairs(..., mapping)` asks for an iteration of `{name}`, which is not inside a "
+                f"scan: say `{name}`, and index the features afterwards if examples are meant."
+            )
 
 
 def _taken(found: dict[str, jax.Array], name: str, parsed: tuple[str, Any]) -> jax.Array:

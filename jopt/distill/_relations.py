@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ._examples import check_floats, check_options, dtype_of, kept, unit
+from ._examples import check_floats, check_options, dtype_of, flattened, kept, unit
 
 
 def relational(
@@ -56,9 +56,7 @@ def relational(
         )
     check_options("relational", "mean", where, ours[:1])
     dtype, size = dtype_of(student, teacher), ours[0]
-    s, t = (
-        kept(x, where, dtype).reshape(size, -1) for x in (student, jax.lax.stop_gradient(teacher))
-    )
+    s, t = (flattened(kept(x, where, dtype)) for x in (student, jax.lax.stop_gradient(teacher)))
     chosen = jnp.ones(size, bool) if where is None else jnp.asarray(where)
     pairs = chosen[:, None] & chosen[None]
     total = jnp.zeros((), dtype)

@@ -274,7 +274,7 @@ def _columns(cached: TopK, dtype: np.dtype) -> dict[str, np.ndarray]:
 def _checksum(tensors: dict[str, np.ndarray]) -> str:
     total = 0
     for name in sorted(tensors):
-        total = zlib.crc32(np.ascontiguousarray(_little(tensors[name])), total)
+        total = zlib.crc32(_little(tensors[name]).tobytes(), total)
     return f"{total:08x}"
 
 

@@ -78,8 +78,8 @@ def ensemble(
       returning float32 logits.
 
     Raises:
-      ValueError: for unknown options or weights, and when called if numbers of models disagree or they return
-        logits of several shapes.
+      ValueError: for unknown options or weights, and when called if numbers of models disagree or
+        they return logits of several shapes.
 
     Example:
       >>> import jax.numpy as jnp

@@ -29,6 +29,7 @@ class Tap(NamedTuple):
     shape: tuple[int, ...]  # leading axes count the iterations of enclosing scans
     dtype: Any
     closed: str  # why it cannot leave the function after all; empty if it can
+    scans: int = 0  # how many of the leading axes count iterations
 
 
 Select = str | Sequence[str] | Callable[[Tap], bool]
@@ -141,7 +142,9 @@ class _Finder:
         lengths = tuple(
             equation.params["length"] for equation, _ in place.trail if _is_scan(equation)
         )
-        tap = Tap(name, kind, (*lengths, *variable.aval.shape), variable.aval.dtype, closed)
+        tap = Tap(
+            name, kind, (*lengths, *variable.aval.shape), variable.aval.dtype, closed, len(lengths)
+        )
         self.found.append(_Found(tap, place.trail, variable))
 
 

@@ -1,4 +1,4 @@
-"""Where losses on logits break in other hands: near equals, constants, ruled out, small integers."""
+"""Where losses on logits break in other hands: near equals, constants, small integers."""
 
 import functools
 
@@ -73,7 +73,10 @@ def test_dkd_of_near_equals_at_a_high_temperature():
     teacher, labels = logits(0, 4, 9), np.array([0, 8, 3, 3])
     student = teacher + logits(1, 4, 9, scale=0.01)
     found = distill.dkd(student, teacher, labels, alpha=0.0, temperature=100.0, reduction=None)
-    others = [np.stack([np.delete(r, k) for r, k in zip(x, labels)]) for x in (student, teacher)]
+    others = [
+        np.stack([np.delete(r, k) for r, k in zip(x, labels, strict=True)])
+        for x in (student, teacher)
+    ]
     np.testing.assert_allclose(found, 8 * exact_kd(*others, 100.0), rtol=1e-4)
 
 
@@ -99,7 +102,9 @@ def test_standardized_logits_leave_out_what_is_ruled_out(mask):
     rest = np.arange(6) != 2
     masked = [np.where(rest, x, np.float32(mask)) for x in (student, teacher)]
     found, slope = jax.value_and_grad(distill.standardized_kd)(*masked)
-    expected, wanted = jax.value_and_grad(distill.standardized_kd)(student[:, rest], teacher[:, rest])
+    expected, wanted = jax.value_and_grad(distill.standardized_kd)(
+        student[:, rest], teacher[:, rest]
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     np.testing.assert_allclose(slope[:, rest], wanted, rtol=1e-4, atol=1e-7)
     assert not np.any(slope[:, 2])
