@@ -37,7 +37,7 @@ def wanda(
     or those that lose in their groups under `NM`. The function is run in stages, so that each layer
     is judged on what the pruned ones before it give; stacked layers under `scan` are judged one by
     one. Of equal scores the first go first. Weights that are zero stay zero and count as gone. A
-    NaN is kept, to be seen.
+    NaN is kept, to be seen; a product that meets what comes of it is an error.
 
     Args:
       apply: any function `apply(params, *inputs)`.
