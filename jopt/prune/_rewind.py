@@ -101,8 +101,8 @@ def _check(tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree) 
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
                 f"`rewind(tx, params, opt_state, masks)`: `{name}` of the state has shape "
-                f"{list(jnp.shape(found))}, and `tx.init(params)` has {list(own.shape)} there. Give "
-                "the state and the parameters of the same checkpoint."
+                f"{list(jnp.shape(found))}, and `tx.init(params)` has {list(own.shape)} there. "
+                "Give the state and the parameters of the same checkpoint."
             )
 
 

@@ -22,8 +22,9 @@ PyTree = Any
 def snip(grads: PyTree | None = None) -> Score:
     """Scores a weight by its connection sensitivity, `|g · w| / Σ |g · w|`, of one gradient.
 
-    The sum is over all weights that may be pruned, so scores are shares of one; what is infinite has
-    no part in the sum, and ranks above the rest. Meant for masks chosen once, before training, from the gradient of a large batch.
+    The sum is over all weights that may be pruned, so scores are shares of one; what is infinite
+    has no part in the sum, and ranks above the rest. Meant for masks chosen once, before training,
+    from the gradient of a large batch.
 
     Args:
       grads: the gradients, in the structure of the parameters; `None` takes those of the step at

@@ -67,6 +67,7 @@ def sparsegpt(
     pattern: Pattern = UNSTRUCTURED,
     scope: str = "layer",
     where: trees.Where | None = None,
+    unfit: str = "error",
     block_size: int = 128,
     damping: float = 0.01,
     format: Format | None = None,
@@ -98,6 +99,7 @@ def sparsegpt(
       pattern: `Unstructured()` or `NM(n, m)`.
       scope: `"layer"`, `"uniform"` or `"erk"`, as of `prune.masks`.
       where: the leaves to prune; by default those that a product reads as its weight.
+      unfit: `"error"` or `"skip"`, as of `prune.masks`.
       block_size: inputs among which costs are compared, and whose errors go on together. Without
         a pattern all of a block are chosen before the first is settled: where 128 are a good part
         of a layer's inputs, fewer do better (16 in `scripts/bench_sparsity text`), in more time.
@@ -110,9 +112,10 @@ def sparsegpt(
       `params` with zeros, and with quantized leaves if there is a `format`.
 
     Raises:
-      ValueError: as `prune.masks` does, if a chosen weight is met by no product as it is, an
-        activation is not finite, the damped H is not positive definite, or the format has no zero.
-      TypeError: if a chosen leaf is no array of floats.
+      ValueError: as `prune.masks` does, if a batch has no rows, a chosen weight is met by no product
+        as it is, an activation is not finite, the damped H is not positive definite, or the format
+        has no zero.
+      TypeError: if a chosen leaf is no array of floats, and under `jit`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -133,9 +136,9 @@ def sparsegpt(
             f"`{caller}(..., block_size={block_size}, damping={damping})`: at least 1, and at "
             "least 0."
         )
-    inputs = listed(batches, caller)
+    inputs = listed(params, batches, caller)
     found = sites(apply, params, *inputs[0])
-    wanted = aims(params, found, sparsity, pattern, scope, where, caller=caller)
+    wanted = aims(params, found, sparsity, pattern, scope, where, unfit, caller=caller)
 
     def settle(stop: Stop) -> Any:
         aim = wanted[stop.path]

@@ -314,3 +314,46 @@ def test_errors():
         wrong(r"`w`: no product met this weight(.|\n)*`where=`", [x], 0.5, where="w")
         wrong(r"meet `v` have a NaN", [x.at[0, 0].set(jnp.nan)], 0.5, where="v")
         wrong(r"batch 1 has", [x, x[:2]], 0.5, where="v")
+
+
+def methods(f, params, batches):
+    masks = jax.tree.map(lambda w: jnp.arange(w.size).reshape(w.shape) % 2 == 0, params)
+    return {
+        "wanda": lambda: prune.wanda(f, params, batches, 0.5),
+        "sparsegpt": lambda: prune.sparsegpt(f, params, batches, 0.5),
+        "reconstruct": lambda: prune.reconstruct(f, params, batches, masks),
+    }
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "reconstruct"])
+def test_under_jit_and_without_rows(name):
+    params, x = {"w": f32(8, 4)}, f32(6, 8)
+    f = lambda p, x: x @ p["w"]  # noqa: E731
+    with pytest.raises(TypeError, match=rf"`prune.{name}\(.*looks at values.*outside `jit`"):
+        jax.jit(lambda p: methods(f, p, [x])[name]())(params)
+    with pytest.raises(ValueError, match=rf"`prune.{name}\(.*batch 1 holds no rows, \[0, 8\]"):
+        methods(f, params, [x, x[:0]])[name]()
+
+
+def test_what_does_not_fit_may_stay_dense():
+    params, x = {"a": f32(6, 8), "b": f32(8, 4)}, f32(20, 6)
+    f = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    for method in (prune.wanda, prune.sparsegpt):
+        with pytest.raises(ValueError, match=r"1 of 2(.|\n)*`a`"):
+            method(f, params, [x], 0.5, pattern=prune.NM(2, 4))
+        found = method(f, params, [x], 0.5, pattern=prune.NM(2, 4), unfit="skip")
+        np.testing.assert_array_equal(found["a"], params["a"])
+        assert int((found["b"] == 0).sum()) == 16
+
+
+def test_a_nan_stays_where_it_is():
+    params, x = {"a": f32(6, 8), "b": f32(8, 4).at[3, 2].set(jnp.nan)}, f32(20, 6)
+    f = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    clean = {**params, "b": jnp.nan_to_num(params["b"])}
+    for method in (prune.wanda, prune.sparsegpt):
+        found, same = method(f, params, [x], 0.5), method(f, clean, [x], 0.5)
+        np.testing.assert_array_equal(np.isnan(found["b"]), np.isnan(params["b"]))
+        np.testing.assert_array_equal(found["a"], same["a"])
+        swapped = {"a": f32(6, 8).at[0, 0].set(jnp.nan), "b": clean["b"]}
+        with pytest.raises(ValueError, match="activations that meet `b` have a NaN"):
+            method(f, swapped, [x], 0.5)
