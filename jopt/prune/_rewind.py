@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jopt import trees
 
 from . import _landing, _masks, _packed
-from ._packed import Packed
+from ._packed import Packed, Pooled, is_packed
 from ._select import Selection, selection_of
 
 PyTree = Any
@@ -71,7 +71,6 @@ def rewind(
     ]
     _check(tx, params, opt_state)
     state = _landing.forgotten(tx, opt_state, gone, selection)
-    is_packed = lambda node: isinstance(node, Packed)  # noqa: E731
     state = jax.tree.map(
         lambda node: _replaced(node, gone, selection) if is_packed(node) else node,
         state,
@@ -106,15 +105,21 @@ def _check(tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree) 
             )
 
 
-def _replaced(packed: Packed, gone: list[jax.Array], selection: Selection) -> Packed:
+def _replaced(
+    packed: Packed | Pooled, gone: list[jax.Array], selection: Selection
+) -> Packed | Pooled:
     """Other masks in a state; what `optax.masked` left out of it stays out."""
-    rows, own = iter(range(len(packed.layout))), iter(gone)
-    layout = packed.layout
-    known = not isinstance(layout, Tracer)
+    own = iter(gone)
     marks = [next(own) if mine else None for mine in selection.chosen]
     held = selection.treedef.unflatten(
         [_Mark(p, m) for p, m in zip(selection.paths, marks, strict=True)]
     )
+    return (_in_pool if isinstance(packed, Pooled) else _in_arrays)(packed, held)
+
+
+def _in_arrays(packed: Any, held: PyTree) -> Packed:
+    rows, layout = iter(range(len(packed.layout))), packed.layout
+    known = not isinstance(layout, Tracer)
 
     def replace(words: Any, mark: Any) -> Any:
         if isinstance(words, optax.MaskedNode):
@@ -126,14 +131,40 @@ def _replaced(packed: Packed, gone: list[jax.Array], selection: Selection) -> Pa
         if mark.gone is None:
             return trees.with_weight(words, jnp.zeros_like(array))
         if dense:
-            raise ValueError(
-                f"`rewind(...)`: the masks prune `{mark.path}`, which the masks in the state leave "
-                "dense. Give the transformation the same `where=` as the masks."
-            )
+            raise ValueError(_left_dense(mark.path))
         return trees.with_weight(words, _packed.pack(mark.gone))
 
     stop = lambda node: isinstance(node, optax.MaskedNode) or trees.is_typed(node)  # noqa: E731
     return packed._replace(words=jax.tree.map(replace, packed.words, held, is_leaf=stop))
+
+
+def _in_pool(pooled: Any, held: PyTree) -> Pooled:
+    if isinstance(pooled.layout, Tracer):
+        raise TypeError(
+            "`rewind(...)` looks at where masks lie in a state that has them in one array "
+            "(`pooled=True`): call it outside `jit`."
+        )
+    shapes, found = iter(_packed.pooled_shapes(pooled)), []
+
+    def collect(_: optax.MaskedNode, mark: Any) -> None:
+        shape = next(shapes)
+        if shape is None:
+            return
+        if mark.gone is not None and not shape:
+            raise ValueError(_left_dense(mark.path))
+        if shape:
+            found.append(jnp.zeros(shape, bool) if mark.gone is None else mark.gone)
+
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+    jax.tree.map(collect, pooled.tree, held, is_leaf=is_masked)
+    return pooled._replace(words=_packed.pack_all(found, pooled=True))
+
+
+def _left_dense(path: str) -> str:
+    return (
+        f"`rewind(...)`: the masks prune `{path}`, which the masks in the state leave dense. Give "
+        "the transformation the same `where=` as the masks."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,9 +112,9 @@ def sparsegpt(
       `params` with zeros, and with quantized leaves if there is a `format`.
 
     Raises:
-      ValueError: as `prune.masks` does, if a batch has no rows, a chosen weight is met by no product
-        as it is, an activation is not finite, the damped H is not positive definite, or the format
-        has no zero.
+      ValueError: as `prune.masks` does, if a batch has no rows, a chosen weight is met by no
+        product as it is, an activation is not finite, the damped H is not positive definite, or the
+        format has no zero.
       TypeError: if a chosen leaf is no array of floats, and under `jit`.
 
     Example:

@@ -56,8 +56,8 @@ def wanda(
       `prune.hold`.
 
     Raises:
-      ValueError: as `prune.masks` does, if a batch has no rows, a chosen weight is met by no product
-        as it is, or an activation is not finite.
+      ValueError: as `prune.masks` does, if a batch has no rows, a chosen weight is met by no
+        product as it is, or an activation is not finite.
       TypeError: if a chosen leaf is no array of floats, and under `jit`.
 
     Example:
