@@ -223,7 +223,7 @@ def _dynamic(
     unfit: str,
     pooled: bool,
     every: int | jax.Array = 1,
-    drop: jax.typing.ArrayLike = 0.0,
+    drop: float | jax.Array = 0.0,
 ) -> Choice:
     if scope == "global":
         raise ValueError(

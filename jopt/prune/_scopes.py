@@ -66,7 +66,7 @@ def at(sparsity: Any, step: jax.Array, *, caller: str) -> Any:
     """A number, or what a schedule gives at this step: a number, as far as that is known."""
     if not callable(sparsity):
         return sparsity
-    value = sparsity(step)
+    value: Any = sparsity(step)
     if jnp.ndim(value) or not (isinstance(value, Tracer) or float(value) == float(value)):
         raise ValueError(
             f"`{caller}(<schedule>)`: a schedule gives the fraction of weights to prune at a step, "

@@ -50,7 +50,7 @@ def chained(
     """The chain of `links`, the optimizer first, with what prunes behind it or around it."""
     if config.method in (*schema.CALIBRATED, *schema.THROUGH):
         return optax.chain(*links)
-    how = _options(config) | {"sites": sites_of(model, task)}
+    how: dict[str, Any] = _options(config) | {"sites": sites_of(model, task)}
     inner, final = optax.chain(*links), config.final
     begin, end = (round(share * steps) for share in (config.begin, config.end))
     match config.method:
@@ -78,7 +78,7 @@ def forward(
         return params, nothing
     if config.method == "straight_through":
         return prune.straight_through(params, largest(config, params, sites)), nothing
-    how = _options(config) | {"sites": sites}
+    how: dict[str, Any] = _options(config) | {"sites": sites}
     used, penalty = prune.top_kast(params, config.final, config.backward, **how)
     return used, config.penalty * penalty
 
