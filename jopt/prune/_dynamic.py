@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from jopt import trees
 from jopt.trace import Site
@@ -30,8 +31,8 @@ Grow = Callable[[list[jax.Array], list[str], jax.Array], list[jax.Array]]
 class Moves(NamedTuple):
     """When masks move, how far, and what decides where to."""
 
-    every: int
-    until: int | None
+    every: int | jax.Array
+    until: int | jax.Array | None
     share: Callable[[jax.Array], jax.Array]  # of the step: the share of weights that moves
     grow: Grow  # of gradients, paths and the step: the score of what may come back
 
@@ -112,12 +113,12 @@ def rigl(
       arXiv 1911.11134.
     """
     choice = _dynamic("prune.rigl", pattern, scope, where, sites, unfit, pooled, every, drop)
-    if until < 1:
+    if not isinstance(until, Tracer) and until < 1:
         raise ValueError(f"`prune.rigl(..., until={until})` expects a number of steps, at least 1.")
 
     def share(step: jax.Array) -> jax.Array:
-        angle = np.float32(np.pi) * step.astype(jnp.float32) / np.float32(until)
-        return np.float32(drop) / 2 * (1 + jnp.cos(angle))
+        angle = np.float32(np.pi) * step.astype(jnp.float32) / jnp.asarray(until, jnp.float32)
+        return jnp.asarray(drop, jnp.float32) / 2 * (1 + jnp.cos(angle))
 
     def grow(grads: list[jax.Array], paths: list[str], step: jax.Array) -> list[jax.Array]:
         return [jnp.abs(grad) for grad in grads]
@@ -175,7 +176,7 @@ def set(
         ]
 
     def share(step: jax.Array) -> jax.Array:
-        return jnp.full((), drop, jnp.float32)
+        return jnp.asarray(drop, jnp.float32)
 
     return _moving(choice, sparsity, inner, key, Moves(every, until, share, grow))
 
@@ -221,8 +222,8 @@ def _dynamic(
     sites: Sequence[Site] | None,
     unfit: str,
     pooled: bool,
-    every: int = 1,
-    drop: float = 0.0,
+    every: int | jax.Array = 1,
+    drop: jax.typing.ArrayLike = 0.0,
 ) -> Choice:
     if scope == "global":
         raise ValueError(
@@ -234,7 +235,8 @@ def _dynamic(
             f"`{caller}(..., pattern={pattern})`: units come and go as a whole, so the pattern is "
             "`Unstructured()`, `Block(shape)` or `Channel(axis)`."
         )
-    if every < 1 or not 0 <= drop <= 1:
+    few = not isinstance(every, Tracer) and every < 1
+    if few or not (isinstance(drop, Tracer) or 0 <= drop <= 1):
         raise ValueError(
             f"`{caller}(..., every={every}, drop={drop})` expects a number of steps, at least 1, "
             "and a share in [0, 1]."

@@ -40,7 +40,8 @@ def rewind(
       The parameters and the state to train on from.
 
     Raises:
-      ValueError: if the masks do not fit, or prune a leaf that the masks in the state leave dense.
+      ValueError: if the masks do not fit, or prune a leaf that the masks in the state leave dense;
+        if the state is not one of `tx` for these parameters.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -68,6 +69,7 @@ def rewind(
             strict=True,
         )
     ]
+    _check(tx, params, opt_state)
     state = _landing.forgotten(tx, opt_state, gone, selection)
     state = jax.tree.map(
         lambda node: _replaced(node, gone, selection) if is_packed(node) else node,
@@ -78,6 +80,29 @@ def rewind(
 
 
 # Helpers, in order of use.
+
+
+def _check(tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree) -> None:
+    """Raises if the state is another model's, or another transformation's."""
+    try:
+        expected = jax.eval_shape(tx.init, params)
+    except jax.errors.ConcretizationTypeError:  # it looks at values
+        return
+    if jax.tree.structure(expected) != jax.tree.structure(opt_state):
+        raise ValueError(
+            "`rewind(tx, params, opt_state, masks)`: the state has another structure than "
+            "`tx.init(params)`. Give the transformation and the parameters it was made with."
+        )
+    for (path, own), found in zip(
+        jax.tree_util.tree_flatten_with_path(expected)[0], jax.tree.leaves(opt_state), strict=True
+    ):
+        if jnp.shape(found) != own.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"`rewind(tx, params, opt_state, masks)`: `{name}` of the state has shape "
+                f"{list(jnp.shape(found))}, and `tx.init(params)` has {list(own.shape)} there. "
+                "Give the state and the parameters of the same checkpoint."
+            )
 
 
 def _replaced(

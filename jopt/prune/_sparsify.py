@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jopt import trees
 from jopt.trace import Site
 
-from . import _landing, _masks, _packed
+from . import _landing, _masks, _packed, _scopes
 from ._choice import MAGNITUDE, UNSTRUCTURED, Choice, Plan, ranked
 from ._packed import Packed, Pooled, Words
 from ._patterns import Pattern
@@ -218,8 +218,7 @@ def gradual(
         if wrapped is not None:
             seen = {**extra_args, "grad": updates, "inner_state": state.inner}
         scoring = score.update(selection.weights(updates), state.score, weights, **seen)
-        targets = [p.sparsity(state.step) if callable(p.sparsity) else p.sparsity
-                   for p in plan.parts]  # fmt: skip
+        targets = [_scopes.at(p.sparsity, state.step, caller=choice.caller) for p in plan.parts]
         aims = [jnp.asarray(target).astype(jnp.float32) for target in targets]
         aim = jnp.stack(aims) if state.sparsity.ndim else aims[0]
         risen, changed = aim > state.sparsity, aim != state.sparsity
