@@ -68,7 +68,7 @@ def sparsegpt(
     scope: str = "layer",
     where: trees.Where | None = None,
     unfit: str = "error",
-    block_size: int = 128,
+    block_size: int | None = None,
     damping: float = 0.01,
     format: Format | None = None,
 ) -> PyTree:
@@ -101,8 +101,9 @@ def sparsegpt(
       where: the leaves to prune; by default those that a product reads as its weight.
       unfit: `"error"` or `"skip"`, as of `prune.masks`.
       block_size: inputs among which costs are compared, and whose errors go on together. Without
-        a pattern all of a block are chosen before the first is settled: where 128 are a good part
-        of a layer's inputs, fewer do better (16 in `scripts/bench_sparsity text`), in more time.
+        a pattern all of a block are chosen before the first is settled, so that many are a loss
+        where they are a good part of the layer's inputs. By default 128, as in the paper, or a
+        sixteenth of the inputs where that is less, but no fewer than 16.
       damping: added to the diagonal of H, as a part of its mean.
       format: a number format of `jopt.quant`, such as `Int(4)`: what stays is rounded to nearest in
         the same sweep, so that later inputs make good that error too. Scales are fitted to each
@@ -131,7 +132,7 @@ def sparsegpt(
       One-Shot", 2023, arXiv 2301.00774. Computed without an inverse: `jopt.trace.sweep`.
     """
     caller = "prune.sparsegpt"
-    if block_size < 1 or damping < 0:
+    if (block_size is not None and block_size < 1) or damping < 0:
         raise ValueError(
             f"`{caller}(..., block_size={block_size}, damping={damping})`: at least 1, and at "
             "least 0."
@@ -159,9 +160,11 @@ def sparsegpt(
     return layer_by_layer(apply, params, inputs, wanted, gram, settle, found=found, caller=caller)
 
 
-def fitting(block: int, pattern: Pattern, rows: int) -> int:
+def fitting(block: int | None, pattern: Pattern, rows: int) -> int:
     """The number of inputs settled together: whole groups, and not more than there are."""
     unit = pattern.m if isinstance(pattern, NM) else 1
+    if block is None:  # groups choose for themselves whatever the block
+        block = 128 if isinstance(pattern, NM) else min(128, max(16, rows // 16))
     return min(-(-block // unit) * unit, rows)
 
 

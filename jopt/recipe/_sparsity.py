@@ -117,7 +117,9 @@ class Sparsity(Block):
     )
     penalty: Positive = Field(default=1e-4, description="top_kast: weight of its penalty")
     calibration_batches: Count = Field(default=16, description="wanda, sparsegpt")
-    block_size: Count = Field(default=128, description="sparsegpt: inputs chosen among at a time")
+    block_size: Count | None = Field(
+        default=None, description="sparsegpt: inputs chosen among at a time; null: by the layer"
+    )
     damping: Annotated[float, Field(ge=0.0)] = Field(default=0.01, description="sparsegpt")
     pattern: Units = "unstructured"
     scope: Literal["global", "layer", "uniform", "erk"] = Field(

@@ -59,6 +59,17 @@ def test_weights_are_those_of_the_paper(name, bits):
     assert not found[~mask].any() and (~mask).sum() == mask.size // 2
 
 
+def test_blocks_follow_the_inputs():
+    some, groups = prune.Unstructured(), prune.NM(2, 4)
+    assert [_sparsegpt.fitting(None, some, n) for n in (7, 256, 1024, 4096)] == [7, 16, 64, 128]
+    assert [_sparsegpt.fitting(None, groups, n) for n in (8, 256)] == [8, 128]
+    weight, x = layer(48, 8)
+    found = np.asarray(prune.sparsegpt(product, weight, [x], 0.5))
+    new, _ = reference.sparsegpt(weight, gram(x), 0.5, block=16)
+    np.testing.assert_allclose(found, new, atol=2e-6)
+    assert np.any(np.abs(found - reference.sparsegpt(weight, gram(x), 0.5)[0]) > 1e-3)
+
+
 def test_other_sparsities_dampings_and_a_rest_of_a_block():
     weight, x = layer(50, 7)
     found = prune.sparsegpt(product, weight, [x], 0.73, block_size=16, damping=0.1)
