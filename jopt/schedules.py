@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 
 def multistep(init: float, milestones: Sequence[int], gamma: float) -> optax.Schedule:
@@ -234,14 +235,15 @@ def alternating_sparsity(final: float, *, begin: int, period: int, end: int) -> 
     """
     call = f"alternating_sparsity({final}, begin={begin}, period={period}, end={end})"
     _sparsities(call, [final])
-    if period < 1 or not 0 <= begin <= end:
+    traced = any(isinstance(option, Tracer) for option in (begin, period, end))
+    if not traced and (period < 1 or not 0 <= begin <= end):
         raise ValueError(f"`{call}` expects steps with `0 <= begin <= end` and `period >= 1`.")
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step)
         sparse = jnp.floor_divide(step - begin, period) % 2 == 0
         sparse = (step >= begin) & (sparse | (step >= end))
-        return jnp.where(sparse, jnp.float32(final), jnp.float32(0))
+        return jnp.where(sparse, jnp.asarray(final, jnp.float32), jnp.float32(0))
 
     return schedule
 
@@ -264,7 +266,7 @@ def _increasing(call: str, name: str, steps: Sequence[Any]) -> None:
 
 def _sparsities(call: str, values: Sequence[float]) -> None:
     for value in values:
-        if not 0 <= value < 1:
+        if not isinstance(value, Tracer) and not 0 <= value < 1:
             raise ValueError(
                 f"`{call}` expects sparsities in [0, 1), the fraction of weights that are zero;"
                 f" {value} is not."

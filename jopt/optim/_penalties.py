@@ -41,8 +41,8 @@ def l1_penalty(
     """
     checked(strength, "strength", caller="l1_penalty")
 
-    def change(update: jax.Array, weight: jax.Array, step: jax.Array, path: str) -> jax.Array:
-        pull = level(strength, step) * jnp.sign(wide(weight))
+    def change(update: jax.Array, weight: jax.Array, state: Any, path: str) -> jax.Array:
+        pull = level(strength, state.step) * jnp.sign(wide(weight))
         return (wide(update) + pull.astype(wide(update).dtype)).astype(update.dtype)
 
     return regularizer(change, where, caller="l1_penalty")
@@ -67,8 +67,8 @@ def l2_penalty(
     """
     checked(strength, "strength", caller="l2_penalty")
 
-    def change(update: jax.Array, weight: jax.Array, step: jax.Array, path: str) -> jax.Array:
-        return _decayed(update, weight, level(strength, step))
+    def change(update: jax.Array, weight: jax.Array, state: Any, path: str) -> jax.Array:
+        return _decayed(update, weight, level(strength, state.step))
 
     return regularizer(change, where, caller="l2_penalty")
 
@@ -93,7 +93,8 @@ def growing_l2(
       A gradient transformation with state `RegularizeState`, to stand before the optimizer.
 
     Raises:
-      ValueError: if an option is out of its range, the masks have another structure, or `update`
+      ValueError: if an option is out of its range, at `init` and `update` if a mask is missing,
+        belongs to no parameter, is not boolean or does not broadcast to its weight, and if `update`
         gets no `params`.
 
     References:
@@ -106,13 +107,9 @@ def growing_l2(
         )
     rows = dict(trees.items(masks))
 
-    def change(update: jax.Array, weight: jax.Array, step: jax.Array, path: str) -> jax.Array:
-        if path not in rows:
-            raise ValueError(
-                f"`growing_l2(masks, ...)`: there is no mask for `{path}`; the masks have the "
-                "structure of `params`, with a scalar True for leaves to leave alone."
-            )
-        strength = jnp.minimum(jnp.float32(delta) * (step // every).astype(jnp.float32), limit)
+    def change(update: jax.Array, weight: jax.Array, state: Any, path: str) -> jax.Array:
+        times = (state.step // every).astype(jnp.float32)
+        strength = jnp.minimum(jnp.float32(delta) * times, limit)
         decayed = _decayed(update, weight, strength)
         return jnp.where(jnp.broadcast_to(rows[path], weight.shape), update, decayed)
 
@@ -120,10 +117,51 @@ def growing_l2(
         mask = rows.get(path)
         return isinstance(mask, Tracer) or mask is None or jnp.ndim(mask) > 0 or not bool(mask)
 
-    return regularizer(change, acted, caller="growing_l2")
+    def check(params: PyTree, chosen: list[bool]) -> None:
+        _check(rows, params)
+
+    return regularizer(change, acted, caller="growing_l2", check=check)
 
 
 # Helpers, in order of use.
+
+
+def _check(masks: dict[str, Any], params: PyTree) -> None:
+    """Raises unless each parameter has a mask that fits, and each mask a parameter."""
+    if not jax.tree.leaves(params):
+        return
+    stop = lambda node: trees.is_typed(node) or isinstance(node, optax.MaskedNode)  # noqa: E731
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=stop)
+    spelled = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat
+    ]
+    left_out = tuple(path for path, leaf in spelled if isinstance(leaf, optax.MaskedNode))
+    found = {path: leaf for path, leaf in spelled if path not in left_out}
+    for path, leaf in found.items():
+        if path not in masks:
+            raise ValueError(
+                f"`growing_l2(masks, ...)`: there is no mask for `{path}`; the masks have the "
+                "structure of `params`, with a scalar True for leaves to leave alone."
+            )
+        shape, mask = jnp.shape(trees.weight_of(leaf)), masks[path]
+        fits = len(jnp.shape(mask)) <= len(shape) and all(
+            own in (1, size)
+            for own, size in zip(reversed(jnp.shape(mask)), reversed(shape), strict=False)
+        )
+        if jnp.result_type(mask) != jnp.bool_ or not fits:
+            raise ValueError(
+                f"`growing_l2(masks, ...)`: the mask of `{path}` is {jnp.result_type(mask)}"
+                f"{list(jnp.shape(mask))}, and its weight has shape {list(shape)}. A mask is "
+                "boolean and broadcasts to its weight."
+            )
+    # What `optax.masked` leaves out may be a whole subtree.
+    beneath = tuple(f"{path}/" for path in left_out)
+    spare = [p for p in masks if p not in found and p not in left_out and not p.startswith(beneath)]
+    if spare:
+        raise ValueError(
+            f"`growing_l2(masks, ...)`: the masks name `{spare[0]}`, and `params` have no such "
+            "path. `jopt.trees.paths(params)` lists them all."
+        )
 
 
 def _decayed(update: jax.Array, weight: jax.Array, strength: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ penalty in the plain metric, not in that of its second moments.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ import optax
 
 from jopt import trees
 
-from ._regularize import Level, checked, level, regularizer, wide
+from ._regularize import Level, RegularizeState, checked, level, regularizer, wide
+
+PyTree = Any
 
 
 def proximal_l1(
@@ -78,7 +81,8 @@ def proximal_group_lasso(
       A gradient transformation with state `RegularizeState`, to stand last in the chain.
 
     Raises:
-      ValueError: if a number is negative, `where` selects nothing, or `update` gets no `params`.
+      ValueError: if a number is negative, `where` selects nothing or a leaf without that axis, or
+        `update` gets no `params`.
 
     References:
       Yuan, Lin, "Model selection and estimation in regression with grouped variables", 2006. Wen,
@@ -86,7 +90,18 @@ def proximal_group_lasso(
       arXiv 1608.03665.
     """
 
+    def check(params: PyTree, chosen: list[bool]) -> None:
+        for (path, leaf), mine in zip(trees.items(params), chosen, strict=True):
+            shape = jnp.shape(trees.weight_of(leaf)) if mine else ()
+            if mine and not -len(shape) <= axis < len(shape):
+                raise ValueError(
+                    f"`proximal_group_lasso(..., axis={axis})`: `{path}` has shape {list(shape)}. "
+                    "Name an axis that it has, or leave it out with `where=`."
+                )
+
     def prox(z: jax.Array, threshold: jax.Array) -> jax.Array:
+        if not z.size:
+            return z
         others = tuple(i for i in range(z.ndim) if i != axis % z.ndim)
         size = np.float32(np.sqrt(z.size // z.shape[axis]))
         norm = jnp.sqrt(jnp.sum(z * z, axis=others, keepdims=True))
@@ -94,7 +109,8 @@ def proximal_group_lasso(
         scale = 1 - threshold * size / jnp.where(gone, 1, norm)
         return jnp.where(gone, 0, z * scale)
 
-    return _proximal(prox, strength, learning_rate, where, "proximal_group_lasso")
+    caller = "proximal_group_lasso"
+    return _proximal(prox, strength, learning_rate, where, caller, check=check)
 
 
 def proximal_nuclear_norm(
@@ -109,7 +125,7 @@ def proximal_nuclear_norm(
         w ← U · max(S - η · strength, 0) · Vᵀ,   z = w + u = U S Vᵀ
 
     Matrices are the last two axes; axes before them are many matrices. A decomposition at each step
-    is dear, so `every` may space them out, each with as many thresholds as steps have passed.
+    is dear, so `every` may space them out, each with the sum of the thresholds since the last.
 
     Args:
       strength: 0 or more, or a schedule of the step.
@@ -135,7 +151,7 @@ def proximal_nuclear_norm(
 
     def prox(z: jax.Array, threshold: jax.Array) -> jax.Array:
         left, values, right = jnp.linalg.svd(z, full_matrices=False)
-        values = jnp.maximum(values - threshold * np.float32(every), 0)
+        values = jnp.maximum(values - threshold, 0)
         return (left * jnp.expand_dims(values, -2)) @ right
 
     caller = "proximal_nuclear_norm"
@@ -153,12 +169,25 @@ def _proximal(
     caller: str,
     *,
     every: int = 1,
+    check: Callable[[PyTree, list[bool]], None] = lambda params, chosen: None,
 ) -> optax.GradientTransformation:
     checked(strength, "strength", caller=caller)
     checked(learning_rate, "learning_rate", caller=caller)
 
-    def change(update: jax.Array, weight: jax.Array, step: jax.Array, path: str) -> jax.Array:
-        threshold = level(strength, step) * level(learning_rate, step)
+    def threshold_of(state: RegularizeState) -> jax.Array:
+        """That of this step, with those put off before."""
+        own = level(strength, state.step) * level(learning_rate, state.step)
+        return own if every == 1 else jnp.asarray(state.owed) + own
+
+    def due(state: RegularizeState) -> jax.Array:
+        # The last of every so many steps, so that none is without its threshold at the end.
+        return (state.step + 1) % every == 0
+
+    def owe(state: RegularizeState) -> jax.Array:
+        return jnp.where(due(state), jnp.float32(0), threshold_of(state))
+
+    def change(update: jax.Array, weight: jax.Array, state: Any, path: str) -> jax.Array:
+        threshold = threshold_of(state)
         # A dtype that holds the weight exactly, or the sum would miss zero.
         dtype = update.dtype
         if dtype != weight.dtype:
@@ -173,7 +202,7 @@ def _proximal(
 
         if every == 1:
             return landed()
-        # The last of every so many steps, so that none is without its threshold at the end.
-        return jax.lax.cond((step + 1) % every == 0, landed, lambda: update.astype(dtype))
+        return jax.lax.cond(due(state), landed, lambda: update.astype(dtype))
 
-    return regularizer(change, where, caller=caller)
+    later = None if every == 1 else owe
+    return regularizer(change, where, caller=caller, check=check, owe=later)

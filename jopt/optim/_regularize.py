@@ -19,25 +19,31 @@ class RegularizeState(NamedTuple):
     """State of every regularizer."""
 
     step: jax.Array  # int32, updates so far
+    owed: jax.Array | tuple[()] = ()  # float32, thresholds put off until a later step
 
 
 def regularizer(
-    change: Callable[[jax.Array, jax.Array, jax.Array, str], jax.Array],
+    change: Callable[[jax.Array, jax.Array, RegularizeState, str], jax.Array],
     where: trees.Where | None,
     *,
     caller: str,
+    check: Callable[[PyTree, list[bool]], None] = lambda params, chosen: None,
+    owe: Callable[[RegularizeState], jax.Array] | None = None,
 ) -> optax.GradientTransformation:
     """A transformation that replaces the updates of some leaves.
 
     Args:
-      change: gives an update, from `(update, weight, step, path)`.
+      change: gives an update, from `(update, weight, state, path)`.
       where: the leaves; by default those of floats with two axes or more.
       caller: what errors call the culprit.
+      check: raises for parameters that it cannot act on, given which leaves are chosen.
+      owe: what is put off after this step, of which the state keeps account.
     """
 
     def init(params: PyTree) -> RegularizeState:
-        _chosen(params, where, caller)
-        return RegularizeState(jnp.zeros([], jnp.int32))
+        check(params, _chosen(params, where, caller))
+        owed = () if owe is None else jnp.zeros([], jnp.float32)
+        return RegularizeState(jnp.zeros([], jnp.int32), owed)
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None
@@ -48,17 +54,19 @@ def regularizer(
                 "`params`."
             )
         marks = _chosen(params, where, caller)
+        check(params, marks)
         treedef = jax.tree.structure(params, is_leaf=trees.is_typed)
         changed = []
         for (path, leaf), given, mine in zip(
             trees.items(params), treedef.flatten_up_to(updates), marks, strict=True
         ):
             if mine:
-                own = change(trees.weight_of(given), trees.weight_of(leaf), state.step, path)
+                own = change(trees.weight_of(given), trees.weight_of(leaf), state, path)
                 given = trees.with_weight(given, own)
             changed.append(given)
         step = jnp.asarray(optax.safe_increment(state.step))
-        return treedef.unflatten(changed), RegularizeState(step)
+        owed = () if owe is None else owe(state)
+        return treedef.unflatten(changed), RegularizeState(step, owed)
 
     return optax.GradientTransformation(init, update)
 

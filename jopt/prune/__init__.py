@@ -25,6 +25,7 @@ from ._pack import Packing as Packing
 from ._pack import pack as pack
 from ._pack import unpack as unpack
 from ._packed import Packed as Packed
+from ._packed import Pooled as Pooled
 from ._packed import masks_of as masks_of
 from ._patterns import NM as NM
 from ._patterns import Pattern as Pattern

@@ -71,6 +71,7 @@ class Choice:
     sites: Sequence[Site] | None
     unfit: str
     caller: str
+    pooled: bool = False  # whether the state keeps all masks in one array
 
     def check(self, sparsity: Any, score: Score) -> None:
         """Raises if an option is out of its range, as far as it is known without tracing."""

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from jopt import trees
 from jopt.trace import Site
 
 from . import _landing, _packed, _threshold, _wide
 from ._choice import MAGNITUDE, UNSTRUCTURED, Choice, Plan, ranked
-from ._packed import Packed
+from ._packed import Packed, Pooled, Words
 from ._patterns import Pattern
 from ._scopes import Policy
 from ._scores import random
@@ -30,8 +31,8 @@ Grow = Callable[[list[jax.Array], list[str], jax.Array], list[jax.Array]]
 class Moves(NamedTuple):
     """When masks move, how far, and what decides where to."""
 
-    every: int
-    until: int | None
+    every: int | jax.Array
+    until: int | jax.Array | None
     share: Callable[[jax.Array], jax.Array]  # of the step: the share of weights that moves
     grow: Grow  # of gradients, paths and the step: the score of what may come back
 
@@ -40,7 +41,7 @@ class DynamicState(NamedTuple):
     """State of `rigl`, `set` and `static`."""
 
     step: jax.Array  # int32, updates so far
-    masks: Packed  # one bit a weight
+    masks: Packed | Pooled  # one bit a weight
     inner: PyTree  # the state of the optimizer inside
 
 
@@ -57,6 +58,7 @@ def rigl(
     where: trees.Where | None = None,
     sites: Sequence[Site] | None = None,
     unfit: str = "error",
+    pooled: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains a sparse network whose weights move to where the gradient is largest.
 
@@ -84,6 +86,7 @@ def rigl(
       where: the leaves to prune; by default those with two axes or more.
       sites: from `jopt.sites`, as of `masks`.
       unfit: `"error"` or `"skip"`, as of `masks`.
+      pooled: keep the bits of all masks in one array of the state, as `sparsify` does.
 
     Returns:
       A gradient transformation with state `DynamicState`; `masks_of` reads the masks.
@@ -109,13 +112,13 @@ def rigl(
       Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets Winners", 2019,
       arXiv 1911.11134.
     """
-    choice = _dynamic("prune.rigl", pattern, scope, where, sites, unfit, every, drop)
-    if until < 1:
+    choice = _dynamic("prune.rigl", pattern, scope, where, sites, unfit, pooled, every, drop)
+    if not isinstance(until, Tracer) and until < 1:
         raise ValueError(f"`prune.rigl(..., until={until})` expects a number of steps, at least 1.")
 
     def share(step: jax.Array) -> jax.Array:
-        angle = np.float32(np.pi) * step.astype(jnp.float32) / np.float32(until)
-        return np.float32(drop) / 2 * (1 + jnp.cos(angle))
+        angle = np.float32(np.pi) * step.astype(jnp.float32) / jnp.asarray(until, jnp.float32)
+        return jnp.asarray(drop, jnp.float32) / 2 * (1 + jnp.cos(angle))
 
     def grow(grads: list[jax.Array], paths: list[str], step: jax.Array) -> list[jax.Array]:
         return [jnp.abs(grad) for grad in grads]
@@ -136,6 +139,7 @@ def set(
     where: trees.Where | None = None,
     sites: Sequence[Site] | None = None,
     unfit: str = "error",
+    pooled: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains a sparse network whose weights move at random (sparse evolutionary training).
 
@@ -149,7 +153,7 @@ def set(
       until: the step from which masks stay; `None`: never.
       every: steps between moves, at least 1.
       drop: the share that moves, in [0, 1].
-      scope, pattern, where, sites, unfit: as of `rigl`.
+      scope, pattern, where, sites, unfit, pooled: as of `rigl`.
 
     Returns:
       A gradient transformation with state `DynamicState`; `masks_of` reads the masks.
@@ -162,7 +166,7 @@ def set(
       Networks with Adaptive Sparse Connectivity inspired by Network Science", 2017,
       arXiv 1707.04780.
     """
-    choice = _dynamic("prune.set", pattern, scope, where, sites, unfit, every, drop)
+    choice = _dynamic("prune.set", pattern, scope, where, sites, unfit, pooled, every, drop)
 
     def grow(grads: list[jax.Array], paths: list[str], step: jax.Array) -> list[jax.Array]:
         own = jax.random.fold_in(key, step)
@@ -172,7 +176,7 @@ def set(
         ]
 
     def share(step: jax.Array) -> jax.Array:
-        return jnp.full((), drop, jnp.float32)
+        return jnp.asarray(drop, jnp.float32)
 
     return _moving(choice, sparsity, inner, key, Moves(every, until, share, grow))
 
@@ -187,6 +191,7 @@ def static(
     where: trees.Where | None = None,
     sites: Sequence[Site] | None = None,
     unfit: str = "error",
+    pooled: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains a sparse network on random masks that never change: what `rigl` is measured against.
 
@@ -194,7 +199,7 @@ def static(
       sparsity: the fraction of weights to prune, in [0, 1), or a policy of numbers, as of `masks`.
       inner: the optimizer.
       key: for the masks.
-      scope, pattern, where, sites, unfit: as of `rigl`.
+      scope, pattern, where, sites, unfit, pooled: as of `rigl`.
 
     Returns:
       A gradient transformation with state `DynamicState`; `masks_of` reads the masks.
@@ -202,7 +207,7 @@ def static(
     Raises:
       ValueError: as `rigl` does.
     """
-    choice = _dynamic("prune.static", pattern, scope, where, sites, unfit)
+    choice = _dynamic("prune.static", pattern, scope, where, sites, unfit, pooled)
     return _moving(choice, sparsity, inner, key, None)
 
 
@@ -216,8 +221,9 @@ def _dynamic(
     where: trees.Where | None,
     sites: Sequence[Site] | None,
     unfit: str,
-    every: int = 1,
-    drop: float = 0.0,
+    pooled: bool,
+    every: int | jax.Array = 1,
+    drop: float | jax.Array = 0.0,
 ) -> Choice:
     if scope == "global":
         raise ValueError(
@@ -229,12 +235,13 @@ def _dynamic(
             f"`{caller}(..., pattern={pattern})`: units come and go as a whole, so the pattern is "
             "`Unstructured()`, `Block(shape)` or `Channel(axis)`."
         )
-    if every < 1 or not 0 <= drop <= 1:
+    few = not isinstance(every, Tracer) and every < 1
+    if few or not (isinstance(drop, Tracer) or 0 <= drop <= 1):
         raise ValueError(
             f"`{caller}(..., every={every}, drop={drop})` expects a number of steps, at least 1, "
             "and a share in [0, 1]."
         )
-    return Choice(pattern, scope, where, sites, unfit, caller)
+    return Choice(pattern, scope, where, sites, unfit, caller, pooled)
 
 
 def _moving(
@@ -250,13 +257,15 @@ def _moving(
     def init(params: PyTree) -> DynamicState:
         step = jnp.zeros([], jnp.int32)
         if not jax.tree.leaves(params):
-            return DynamicState(step, _packed.placeholder(params), wrapped.init(params))
+            words = _packed.placeholder(params, pooled=choice.pooled)
+            return DynamicState(step, words, wrapped.init(params))
         plan = choice.plan(params, sparsity)
         weights = plan.selection.weights(params)
         scores = ranked(random(key), (), weights, caller=choice.caller)
         kept = plan.choose(scores, [part.sparsity for part in plan.parts])
-        words = [_packed.pack(~mask) for mask in kept]
-        packed = _packed.with_words(_packed.blank(params, plan.selection), plan.selection, words)
+        words = _packed.pack_all([~mask for mask in kept], pooled=choice.pooled)
+        packed = _packed.blank(params, plan.selection, pooled=choice.pooled)
+        packed = _packed.with_words(packed, plan.selection, words)
         return DynamicState(step, packed, wrapped.init(params))
 
     def update(
@@ -270,7 +279,7 @@ def _moving(
         words = _packed.words_of(state.masks, selection)
         if moves is not None:
             grads = jax.tree.leaves(selection.weights(updates))
-            words = _next(moves, plan, words, grads, state.step)
+            words = _next(moves, plan, words, grads, state.step, choice.pooled)
         gone = _landing.pruned(words, selection)
         updates, within = _landing.stepped(
             wrapped, updates, state.inner, params, gone, selection, extra_args
@@ -283,15 +292,21 @@ def _moving(
 
 
 def _next(
-    moves: Moves, plan: Plan, words: list[jax.Array], grads: list[jax.Array], step: jax.Array
-) -> list[jax.Array]:
+    moves: Moves,
+    plan: Plan,
+    words: Words,
+    grads: list[jax.Array],
+    step: jax.Array,
+    pooled: bool,
+) -> Words:
     """The words of the masks at this step."""
     selection = plan.selection
 
-    def move() -> list[jax.Array]:
+    def move() -> Words:
         gained = moves.grow(grads, selection.chosen_paths, step)
         gone = _landing.pruned(words, selection)
-        return [_packed.pack(g) for g in _moved(plan, gone, moves.share(step), gained)]
+        lost = _moved(plan, gone, moves.share(step), gained)
+        return _packed.pack_all(lost, pooled=pooled)
 
     due = (step % moves.every == 0) & (step > 0)
     if moves.until is not None:

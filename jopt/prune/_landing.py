@@ -11,6 +11,7 @@ import optax
 from jopt import trees
 
 from . import _packed
+from ._packed import Words
 from ._select import Selection
 
 PyTree = Any
@@ -25,13 +26,9 @@ def needed(params: PyTree | None, caller: str) -> PyTree:
     return params
 
 
-def pruned(words: Sequence[jax.Array], selection: Selection) -> list[jax.Array]:
+def pruned(words: Words, selection: Selection) -> list[jax.Array]:
     """Booleans from bits, shaped like the chosen weights."""
-    found = []
-    for word, weight in zip(words, selection.chosen_weights, strict=True):
-        axis = _packed.packed_axis(jnp.shape(weight))
-        found.append(_packed.unpack(word, axis, jnp.shape(weight)[axis]))
-    return found
+    return _packed.unpack_all(words, [jnp.shape(weight) for weight in selection.chosen_weights])
 
 
 def landed(updates: PyTree, gone: Sequence[jax.Array], selection: Selection) -> PyTree:

@@ -1,11 +1,13 @@
 """Pruning layer by layer on data: each weight as the layers before it, pruned already, meet it."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jopt import trees
 from jopt.trace import Measure, Site, Stop, staged, target_of
@@ -68,11 +70,28 @@ def layer_by_layer(
     )
 
 
-def listed(batches: Iterable[Any], caller: str) -> list[tuple[Any, ...]]:
-    """The batches as tuples of inputs."""
+def listed(params: PyTree, batches: Iterable[Any], caller: str) -> list[tuple[Any, ...]]:
+    """The batches as tuples of inputs.
+
+    Raises:
+      ValueError: if there is none, or one holds no rows.
+      TypeError: under `jit`.
+    """
     inputs = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     if not inputs:
         raise ValueError(f"`{caller}(apply, params, batches, ...)` got no batch.")
+    if any(isinstance(array, Tracer) for array in jax.tree.leaves((params, inputs))):
+        raise TypeError(
+            f"`{caller}(apply, params, batches, ...)` looks at values, layer by layer: call it "
+            "outside `jit`. What it runs is compiled anyway."
+        )
+    for number, batch in enumerate(inputs):
+        shapes = [jnp.shape(array) for array in jax.tree.leaves(batch) if jnp.ndim(array)]
+        if shapes and not any(map(math.prod, shapes)):
+            raise ValueError(
+                f"`{caller}(apply, params, batches, ...)`: batch {number} holds no rows, "
+                f"{', '.join(str(list(shape)) for shape in shapes)}: there is nothing to measure."
+            )
     return inputs
 
 
@@ -83,6 +102,7 @@ def aims(
     pattern: Pattern,
     scope: str,
     where: trees.Where | None,
+    unfit: str,
     *,
     caller: str,
 ) -> dict[str, Aim]:
@@ -102,9 +122,7 @@ def aims(
             "patterns find masks and then `prune.reconstruct(apply, params, batches, masks)`."
         )
     fed = {use.path for site in found for use in site.uses if use.contracted}
-    choice = Choice(
-        pattern, scope, where or (lambda path, leaf: path in fed), found, "error", caller
-    )
+    choice = Choice(pattern, scope, where or (lambda path, leaf: path in fed), found, unfit, caller)
     choice.check(sparsity, MAGNITUDE)
     plan = choice.plan(params, sparsity)
     check_plain(plan.selection, caller)

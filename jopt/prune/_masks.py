@@ -30,7 +30,7 @@ class Kept(NamedTuple):
     @property
     def sparsity(self) -> float:
         """The fraction that is pruned."""
-        return 1 - self.kept / self.total
+        return 1 - self.kept / self.total if self.total else 0.0
 
 
 def masks(
@@ -92,6 +92,12 @@ def masks(
     choice = Choice(pattern, scope, where, sites, unfit, caller="prune.masks")
     choice.check(sparsity, score)
     plan = choice.plan(params, sparsity)
+    for part in plan.parts:
+        if callable(part.sparsity):
+            raise ValueError(
+                f"`{choice.caller}(params, <schedule>)` prunes once: `sparsity` is a number. Give "
+                "`schedule(step)`; schedules are for `prune.sparsify`."
+            )
     weights = plan.selection.weights(params)
     statistics = score.observe(score.init(weights), weights)
     scores = ranked(score, statistics, weights, caller=choice.caller)

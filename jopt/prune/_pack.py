@@ -175,7 +175,7 @@ def _forms(
     shape = tuple(leaf.shape)
     axis, unknown = -2, None
     if sites is not None:
-        axis, unknown = _select.summed(sites, path, shape)
+        axis, unknown = _select.summed(sites, path)
     layers = _layers(path, len(shape), sites)
     make: dict[str, Callable[[np.ndarray], Sparse]] = {
         "nm24": lambda array: nm24.packed(array, axis),

@@ -1,5 +1,7 @@
 """Masks in the optimizer state, one bit a weight, and how to find them again."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +16,7 @@ from ._bits import pack, packed_axis, unpack
 from ._select import Selection
 
 PyTree = Any
+Words = list[jax.Array] | jax.Array  # of each chosen weight, or one array for all of them
 
 
 class Packed(NamedTuple):
@@ -26,6 +29,14 @@ class Packed(NamedTuple):
 
     words: PyTree  # uint8, an array for each array of params; zeros for leaves that stay dense
     layout: jax.Array  # int32 [leaves, 2]: the packed axis, from the end, and its size; 0, 0: dense
+
+
+class Pooled(NamedTuple):
+    """The same bits in one array, that of `pooled=True`. `masks_of` finds it, too."""
+
+    words: jax.Array  # uint8 [bytes], the words of the chosen weights one after the other
+    layout: jax.Array  # int32 [leaves, 1 + rank]: as `_rows` has it
+    tree: PyTree  # the structure of params, `optax.MaskedNode` for each leaf
 
 
 def masks_of(opt_state: PyTree) -> PyTree:
@@ -54,8 +65,8 @@ def masks_of(opt_state: PyTree) -> PyTree:
       Array([[False,  True],
              [ True, False]], dtype=bool)
     """
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, Packed))
-    found = [_unpack_all(node) for node in nodes if isinstance(node, Packed)]
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_packed)
+    found = [_masks(node) for node in nodes if is_packed(node)]
     if not found:
         raise ValueError(
             "`masks_of(opt_state)` found no masks: neither `prune.sparsify` nor `prune.hold` is in "
@@ -68,8 +79,23 @@ def masks_of(opt_state: PyTree) -> PyTree:
     return jax.tree.map(lambda m: jnp.ones((), bool) if absent(m) else m, together, is_leaf=absent)
 
 
-def blank(params: PyTree, selection: Selection) -> Packed:
+def is_packed(node: Any) -> bool:
+    """Whether it holds masks."""
+    return isinstance(node, Packed | Pooled)
+
+
+def blank(params: PyTree, selection: Selection, *, pooled: bool) -> Packed | Pooled:
     """Nothing pruned yet."""
+    if pooled:
+        leaves = jax.tree.leaves(params, is_leaf=_is_position)
+        absent, shapes = [_is_absent(leaf) for leaf in leaves], []
+        chosen = iter(zip(selection.leaves, selection.chosen, strict=True))
+        for out in absent:
+            leaf, mine = (None, False) if out else next(chosen)
+            shapes.append(jnp.shape(trees.weight_of(leaf)) if mine else ())
+        tree = jax.tree.map(lambda leaf: optax.MaskedNode(), params, is_leaf=_is_position)
+        words = jnp.zeros(sum(map(_bytes, shapes)), jnp.uint8)
+        return Pooled(words, jnp.asarray(_rows(shapes, absent)), tree)
     rows = []
     for leaf, mine in zip(selection.leaves, selection.chosen, strict=True):
         shape = jnp.shape(trees.weight_of(leaf)) if mine else ()
@@ -78,18 +104,25 @@ def blank(params: PyTree, selection: Selection) -> Packed:
     return Packed(jax.tree.map(_blank_words, params), jnp.asarray(rows, jnp.int32).reshape(-1, 2))
 
 
-def placeholder(params: PyTree) -> Packed:
+def placeholder(params: PyTree, *, pooled: bool) -> Packed | Pooled:
     """The state of a tree without arrays, such as `optax.tree_map_params` makes one of."""
+    if pooled:
+        return Pooled(jnp.zeros(0, jnp.uint8), jnp.zeros((0, 1), jnp.int32), params)
     return Packed(params, jnp.zeros((0, 2), jnp.int32))
 
 
-def words_of(packed: Packed, selection: Selection) -> list[jax.Array]:
+def words_of(packed: Packed | Pooled, selection: Selection) -> Words:
     """The words of the chosen weights."""
+    if isinstance(packed, Pooled):
+        return packed.words
     return [trees.weight_of(leaf) for leaf in selection.among(packed.words)]
 
 
-def with_words(packed: Packed, selection: Selection, words: list[jax.Array]) -> Packed:
+def with_words(packed: Packed | Pooled, selection: Selection, words: Words) -> Packed | Pooled:
     """Other words for the chosen weights."""
+    if isinstance(packed, Pooled):
+        assert isinstance(words, jax.Array)
+        return packed._replace(words=words)
     leaves = selection.treedef.flatten_up_to(packed.words)
     own = [leaf for leaf, mine in zip(leaves, selection.chosen, strict=True) if mine]
     new = [trees.with_weight(leaf, word) for leaf, word in zip(own, words, strict=True)]
@@ -97,6 +130,64 @@ def with_words(packed: Packed, selection: Selection, words: list[jax.Array]) -> 
     pairs = zip(leaves, selection.chosen, strict=True)
     tree = selection.treedef.unflatten([next(rest) if mine else leaf for leaf, mine in pairs])
     return packed._replace(words=tree)
+
+
+def pack_all(gone: Sequence[jax.Array], *, pooled: bool) -> Words:
+    """The words of booleans, True where pruned."""
+    words = [pack(mask) for mask in gone]
+    return jnp.concatenate([word.reshape(-1) for word in words]) if pooled else words
+
+
+def unpack_all(words: Words, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    """The booleans of weights of these shapes; one array of words may have axes before its last."""
+    found, begin = [], 0
+    for i, shape in enumerate(shapes):
+        axis = packed_axis(shape)
+        if isinstance(words, list):
+            word = words[i]
+        else:
+            end = begin + _bytes(shape)
+            word = jax.lax.slice_in_dim(words, begin, end, axis=-1)
+            word = word.reshape(*words.shape[:-1], *_packed_shape(shape))
+            begin = end
+        found.append(unpack(word, axis, shape[axis]))
+    return found
+
+
+def pooled_shapes(pooled: Pooled) -> list[tuple[int, ...] | None]:
+    """The shape of each leaf's weight, () where it stays dense, None where there is no leaf."""
+    # Under vmap and pmap the state is stacked along leading axes: rows are the same in all of it.
+    rows = np.asarray(pooled.layout)
+    rows = rows.reshape(-1, *rows.shape[-2:])[0] if rows.size else rows.reshape(0, 1)
+    return [
+        None if kind < 0 else tuple(shape[len(shape) - kind :]) for kind, *shape in rows.tolist()
+    ]
+
+
+# Helpers, in order of use.
+
+
+def _is_position(node: Any) -> bool:
+    return _is_absent(node) or trees.is_typed(node)
+
+
+def _packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    at = packed_axis(shape) + len(shape)
+    return (*shape[:at], -(-shape[at] // 8), *shape[at + 1 :])
+
+
+def _bytes(shape: tuple[int, ...]) -> int:
+    return math.prod(_packed_shape(shape)) if shape else 0
+
+
+def _rows(shapes: Sequence[tuple[int, ...]], absent: Sequence[bool]) -> np.ndarray:
+    """The rank (0: dense, -1: `optax.masked` left it out) and the shape, zeros before it."""
+    rank = max(map(len, shapes), default=0)
+    rows = [
+        (-1 if out else len(shape), *(0,) * (rank - len(shape)), *shape)
+        for shape, out in zip(shapes, absent, strict=True)
+    ]
+    return np.asarray(rows, np.int32).reshape(-1, 1 + rank)
 
 
 def _blank_words(array: Any) -> jax.Array:
@@ -108,12 +199,20 @@ def _blank_words(array: Any) -> jax.Array:
     return pack(jnp.zeros_like(array, dtype=bool) if floats else jnp.zeros(shape, bool))
 
 
-def _unpack_all(packed: Packed) -> PyTree:
+def _masks(packed: Packed | Pooled) -> PyTree:
     if isinstance(packed.layout, Tracer):
         raise TypeError(
             "`masks_of(opt_state)` looks at values: call it outside `jit`, and pass the masks as "
             "an argument to the function that needs them."
         )
+    if isinstance(packed, Pooled):
+        shapes = pooled_shapes(packed)
+        gone = iter(unpack_all(packed.words, [shape for shape in shapes if shape]))
+        masks = [
+            optax.MaskedNode() if shape is None else ~next(gone) if shape else jnp.ones((), bool)
+            for shape in shapes
+        ]
+        return jax.tree.structure(packed.tree, is_leaf=_is_absent).unflatten(masks)
     items = trees.items(packed.words)
     # Under vmap and pmap the state is stacked along leading axes: rows are the same in all of it.
     rows = np.asarray(packed.layout).reshape(-1, len(items), 2)[0]

@@ -80,10 +80,10 @@ class Unstructured(Pattern):
 class NM(Pattern):
     """At most `n` weights KEPT of every `m` consecutive inputs: `NM(2, 4)` is 2:4.
 
-    Groups lie along the axis that the product sums over: the one that `sites` names, else axis -2
-    of `[..., in, out]`. A pruned group loses its `m - n` lowest scores. At sparsity `1 - n / m`
-    every group is pruned; below it, as on a rising schedule, the groups that lose least go first;
-    it cannot go above.
+    Groups lie along the axis that the product sums over: the one that `sites` names (of a
+    convolution's, the input features), else axis -2 of `[..., in, out]`. A pruned group loses its
+    `m - n` lowest scores. At sparsity `1 - n / m` every group is pruned; below it, as on a rising
+    schedule, the groups that lose least go first; it cannot go above.
 
     Attributes:
       n: weights kept of a group, at least 1.

@@ -26,6 +26,7 @@ def ac_dc(
     where: trees.Where | None = None,
     sites: Sequence[Site] | None = None,
     unfit: str = "error",
+    pooled: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains in turn with all weights and with the largest ones, ending with the latter.
 
@@ -40,7 +41,7 @@ def ac_dc(
       begin: the length of the first, dense phase.
       period: the length of each other phase.
       end: the step from which masks stay.
-      score, pattern, scope, where, sites, unfit: as of `sparsify`.
+      score, pattern, scope, where, sites, unfit, pooled: as of `sparsify`.
 
     Returns:
       A gradient transformation with state `SparsifyState`; `masks_of` reads the masks.
@@ -65,7 +66,7 @@ def ac_dc(
       Peste, Iofinova, Vladu, Alistarh, "AC/DC: Alternating Compressed/DeCompressed Training of Deep
       Neural Networks", 2021, arXiv 2106.12379.
     """
-    choice = Choice(pattern, scope, where, sites, unfit, caller="prune.ac_dc")
+    choice = Choice(pattern, scope, where, sites, unfit, "prune.ac_dc", pooled)
     choice.check(sparsity, score)
     schedule = schedules.alternating_sparsity(sparsity, begin=begin, period=period, end=end)
     return gradual(choice, schedule, score, 1, inner, "phases")

@@ -52,9 +52,9 @@ def reconstruct(
       `params` with zeros where the masks are False, whatever was there; a NaN that is kept stays.
 
     Raises:
-      ValueError: if a mask does not fit or none prunes, a masked weight is met by no product as it
-        is, an activation is not finite, or a system has no solution.
-      TypeError: if a masked leaf is no plain array.
+      ValueError: if a mask does not fit or none prunes, a batch has no rows, a masked weight is met
+        by no product as it is, an activation is not finite, or a system has no solution.
+      TypeError: if a masked leaf is no plain array, and under `jit`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -72,7 +72,7 @@ def reconstruct(
     caller = "prune.reconstruct"
     if damping < 0:
         raise ValueError(f"`{caller}(..., damping={damping})` expects a number of at least 0.")
-    inputs = listed(batches, caller)
+    inputs = listed(params, batches, caller)
     aligned = _masks.aligned(masks, params, caller=caller)
     selection = selection_of(params, [not _masks.is_dense(mask) for mask in aligned])
     if not any(selection.chosen):

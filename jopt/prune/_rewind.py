@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jopt import trees
 
 from . import _landing, _masks, _packed
-from ._packed import Packed
+from ._packed import Packed, Pooled, is_packed
 from ._select import Selection, selection_of
 
 PyTree = Any
@@ -40,7 +40,8 @@ def rewind(
       The parameters and the state to train on from.
 
     Raises:
-      ValueError: if the masks do not fit, or prune a leaf that the masks in the state leave dense.
+      ValueError: if the masks do not fit, or prune a leaf that the masks in the state leave dense;
+        if the state is not one of `tx` for these parameters.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -68,8 +69,8 @@ def rewind(
             strict=True,
         )
     ]
+    _check(tx, params, opt_state)
     state = _landing.forgotten(tx, opt_state, gone, selection)
-    is_packed = lambda node: isinstance(node, Packed)  # noqa: E731
     state = jax.tree.map(
         lambda node: _replaced(node, gone, selection) if is_packed(node) else node,
         state,
@@ -81,15 +82,44 @@ def rewind(
 # Helpers, in order of use.
 
 
-def _replaced(packed: Packed, gone: list[jax.Array], selection: Selection) -> Packed:
+def _check(tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree) -> None:
+    """Raises if the state is another model's, or another transformation's."""
+    try:
+        expected = jax.eval_shape(tx.init, params)
+    except jax.errors.ConcretizationTypeError:  # it looks at values
+        return
+    if jax.tree.structure(expected) != jax.tree.structure(opt_state):
+        raise ValueError(
+            "`rewind(tx, params, opt_state, masks)`: the state has another structure than "
+            "`tx.init(params)`. Give the transformation and the parameters it was made with."
+        )
+    for (path, own), found in zip(
+        jax.tree_util.tree_flatten_with_path(expected)[0], jax.tree.leaves(opt_state), strict=True
+    ):
+        if jnp.shape(found) != own.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"`rewind(tx, params, opt_state, masks)`: `{name}` of the state has shape "
+                f"{list(jnp.shape(found))}, and `tx.init(params)` has {list(own.shape)} there. "
+                "Give the state and the parameters of the same checkpoint."
+            )
+
+
+def _replaced(
+    packed: Packed | Pooled, gone: list[jax.Array], selection: Selection
+) -> Packed | Pooled:
     """Other masks in a state; what `optax.masked` left out of it stays out."""
-    rows, own = iter(range(len(packed.layout))), iter(gone)
-    layout = packed.layout
-    known = not isinstance(layout, Tracer)
+    own = iter(gone)
     marks = [next(own) if mine else None for mine in selection.chosen]
     held = selection.treedef.unflatten(
         [_Mark(p, m) for p, m in zip(selection.paths, marks, strict=True)]
     )
+    return (_in_pool if isinstance(packed, Pooled) else _in_arrays)(packed, held)
+
+
+def _in_arrays(packed: Any, held: PyTree) -> Packed:
+    rows, layout = iter(range(len(packed.layout))), packed.layout
+    known = not isinstance(layout, Tracer)
 
     def replace(words: Any, mark: Any) -> Any:
         if isinstance(words, optax.MaskedNode):
@@ -101,14 +131,40 @@ def _replaced(packed: Packed, gone: list[jax.Array], selection: Selection) -> Pa
         if mark.gone is None:
             return trees.with_weight(words, jnp.zeros_like(array))
         if dense:
-            raise ValueError(
-                f"`rewind(...)`: the masks prune `{mark.path}`, which the masks in the state leave "
-                "dense. Give the transformation the same `where=` as the masks."
-            )
+            raise ValueError(_left_dense(mark.path))
         return trees.with_weight(words, _packed.pack(mark.gone))
 
     stop = lambda node: isinstance(node, optax.MaskedNode) or trees.is_typed(node)  # noqa: E731
     return packed._replace(words=jax.tree.map(replace, packed.words, held, is_leaf=stop))
+
+
+def _in_pool(pooled: Any, held: PyTree) -> Pooled:
+    if isinstance(pooled.layout, Tracer):
+        raise TypeError(
+            "`rewind(...)` looks at where masks lie in a state that has them in one array "
+            "(`pooled=True`): call it outside `jit`."
+        )
+    shapes, found = iter(_packed.pooled_shapes(pooled)), []
+
+    def collect(_: optax.MaskedNode, mark: Any) -> None:
+        shape = next(shapes)
+        if shape is None:
+            return
+        if mark.gone is not None and not shape:
+            raise ValueError(_left_dense(mark.path))
+        if shape:
+            found.append(jnp.zeros(shape, bool) if mark.gone is None else mark.gone)
+
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+    jax.tree.map(collect, pooled.tree, held, is_leaf=is_masked)
+    return pooled._replace(words=_packed.pack_all(found, pooled=True))
+
+
+def _left_dense(path: str) -> str:
+    return (
+        f"`rewind(...)`: the masks prune `{path}`, which the masks in the state leave dense. Give "
+        "the transformation the same `where=` as the masks."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,9 @@ PyTree = Any
 def snip(grads: PyTree | None = None) -> Score:
     """Scores a weight by its connection sensitivity, `|g · w| / Σ |g · w|`, of one gradient.
 
-    The sum is over all weights that may be pruned, so scores are shares of one. Meant for masks
-    chosen once, before training, from the gradient of a large batch.
+    The sum is over all weights that may be pruned, so scores are shares of one; what is infinite
+    has no part in the sum, and ranks above the rest. Meant for masks chosen once, before training,
+    from the gradient of a large batch.
 
     Args:
       grads: the gradients, in the structure of the parameters; `None` takes those of the step at
@@ -51,8 +52,12 @@ def snip(grads: PyTree | None = None) -> Score:
 
     def rank(state: PyTree, params: PyTree) -> PyTree:
         sizes = jax.tree.map(_size, params, state)
-        total = sum(jnp.sum(size) for size in jax.tree.leaves(sizes))
-        return jax.tree.map(lambda size: size / jnp.where(total > 0, total, 1), sizes)
+        finite = [jnp.where(jnp.isfinite(size), size, 0) for size in jax.tree.leaves(sizes)]
+        most = jnp.stack([jnp.max(size, initial=0) for size in finite]).max()
+        # Far from the ends of float32, where the sum overflows, or its inverse: all would be alike.
+        scale = jnp.where(most > 1e20, 1e-30, jnp.where(most < 1e-20, 1e20, 1)).astype(most.dtype)
+        total = sum(jnp.sum(size * scale) for size in finite)
+        return jax.tree.map(lambda size: size * scale / jnp.where(total > 0, total, 1), sizes)
 
     return Score(rank, observe=_gradients_of_step("snip", grads))
 

@@ -62,6 +62,19 @@ def allowed(sparsity: Any, share: float, *, caller: str, of: str) -> None:
         )
 
 
+def at(sparsity: Any, step: jax.Array, *, caller: str) -> Any:
+    """A number, or what a schedule gives at this step: a number, as far as that is known."""
+    if not callable(sparsity):
+        return sparsity
+    value: Any = sparsity(step)
+    if jnp.ndim(value) or not (isinstance(value, Tracer) or float(value) == float(value)):
+        raise ValueError(
+            f"`{caller}(<schedule>)`: a schedule gives the fraction of weights to prune at a step, "
+            f"one number in [0, 1); it gave {value!r}."
+        )
+    return value
+
+
 def governed(selection: Selection, sparsity: Any, *, caller: str) -> Selection:
     """The selection without the leaves that a policy leaves dense."""
     if not is_policy(sparsity):
@@ -185,6 +198,10 @@ def _erk(sparsity: Any, shapes: Sequence[tuple[int, ...]], wholes: Sequence[int]
     Leaves in the order of their raw densities; were the first j dense, the rest would share what is
     left with one eps. The right j is the first at which nobody in the rest exceeds 1.
     """
+    if not all(wholes):  # leaves without weights have nothing to share
+        rows = [(shape, size) for shape, size in zip(shapes, wholes, strict=True) if size]
+        found = iter(_erk(sparsity, *zip(*rows, strict=True)) if rows else [])
+        return [next(found) if size else 0.0 for size in wholes]
     raw = np.array([sum(shape) / math.prod(shape) for shape in shapes], np.float64)
     sizes = np.array(wholes, np.float64)
     sums = raw * sizes

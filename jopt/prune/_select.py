@@ -14,6 +14,8 @@ from ._patterns import Pattern
 
 PyTree = Any
 
+_WINDOW = "no axis of it is of the input features alone, as the convolution at {} reads it"
+
 
 class Selection(NamedTuple):
     """The leaves of a tree, those that are pruned among them."""
@@ -122,7 +124,7 @@ def reasons(selection: Selection, pattern: Pattern, sites: Sequence[Site] | None
     return {path: reason for path, reason in pairs if reason}
 
 
-def summed(sites: Sequence[Site], path: str, shape: tuple[int, ...]) -> tuple[int, str | None]:
+def summed(sites: Sequence[Site], path: str) -> tuple[int, str | None]:
     """The axis along which groups of inputs lie, or why it cannot be said."""
     found = set()
     for site in sites:
@@ -132,8 +134,10 @@ def summed(sites: Sequence[Site], path: str, shape: tuple[int, ...]) -> tuple[in
             if not use.contracted:
                 return -2, f"`{site.operation}` at {site.source} sums over parts of its axes"
             if site.operation == "conv_general_dilated":
-                # The features, not the window: of equal axes the last, as in [*window, in, out].
-                found.add(max(use.contracted, key=lambda axis: (shape[axis], axis)))
+                # The features, not the window.
+                if not use.features:
+                    return -2, _WINDOW.format(site.source)
+                found.add(max(use.features))
             else:
                 found.add(max(use.contracted))
     if len(found) > 1:
@@ -151,7 +155,7 @@ def _fits(
     for path, weight in zip(selection.chosen_paths, selection.chosen_weights, strict=True):
         axis, reason = -2, None
         if pattern.along_inputs and sites is not None:
-            axis, reason = summed(sites, path, jnp.shape(weight))
+            axis, reason = summed(sites, path)
         axes.append(axis)
         found.append(reason or pattern.misfit(jnp.shape(weight), axis))
     return axes, found

@@ -67,7 +67,8 @@ def sparsegpt(
     pattern: Pattern = UNSTRUCTURED,
     scope: str = "layer",
     where: trees.Where | None = None,
-    block_size: int = 128,
+    unfit: str = "error",
+    block_size: int | None = None,
     damping: float = 0.01,
     format: Format | None = None,
 ) -> PyTree:
@@ -85,8 +86,9 @@ def sparsegpt(
     The function is run in stages, so that each layer is pruned on what the pruned ones before it
     give; stacked layers under `scan`, experts and groups of features are layers of their own.
 
-    Weights that are zero beforehand count as gone and stay zero. A NaN stays, and changes nothing
-    else. Weights of inputs that were always zero go first.
+    Weights that are zero beforehand count as gone and stay zero. Weights of inputs that were always
+    zero go first. A NaN or infinity in a weight stays and changes nothing else of that weight; a
+    product that meets what comes of it is an error.
 
     Args:
       apply: any function `apply(params, *inputs)`.
@@ -97,9 +99,11 @@ def sparsegpt(
       pattern: `Unstructured()` or `NM(n, m)`.
       scope: `"layer"`, `"uniform"` or `"erk"`, as of `prune.masks`.
       where: the leaves to prune; by default those that a product reads as its weight.
+      unfit: `"error"` or `"skip"`, as of `prune.masks`.
       block_size: inputs among which costs are compared, and whose errors go on together. Without
-        a pattern all of a block are chosen before the first is settled: where 128 are a good part
-        of a layer's inputs, fewer do better (16 in `scripts/bench_sparsity text`), in more time.
+        a pattern all of a block are chosen before the first is settled, so that many are a loss
+        where they are a good part of the layer's inputs. By default 128, as in the paper, or a
+        sixteenth of the inputs where that is less, but no fewer than 16.
       damping: added to the diagonal of H, as a part of its mean.
       format: a number format of `jopt.quant`, such as `Int(4)`: what stays is rounded to nearest in
         the same sweep, so that later inputs make good that error too. Scales are fitted to each
@@ -109,9 +113,10 @@ def sparsegpt(
       `params` with zeros, and with quantized leaves if there is a `format`.
 
     Raises:
-      ValueError: as `prune.masks` does, if a chosen weight is met by no product as it is, an
-        activation is not finite, the damped H is not positive definite, or the format has no zero.
-      TypeError: if a chosen leaf is no array of floats.
+      ValueError: as `prune.masks` does, if a batch has no rows, a chosen weight is met by no
+        product as it is, an activation is not finite, the damped H is not positive definite, or the
+        format has no zero.
+      TypeError: if a chosen leaf is no array of floats, and under `jit`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -127,20 +132,25 @@ def sparsegpt(
       One-Shot", 2023, arXiv 2301.00774. Computed without an inverse: `jopt.trace.sweep`.
     """
     caller = "prune.sparsegpt"
-    if block_size < 1 or damping < 0:
+    if (block_size is not None and block_size < 1) or damping < 0:
         raise ValueError(
             f"`{caller}(..., block_size={block_size}, damping={damping})`: at least 1, and at "
             "least 0."
         )
-    inputs = listed(batches, caller)
+    inputs = listed(params, batches, caller)
     found = sites(apply, params, *inputs[0])
-    wanted = aims(params, found, sparsity, pattern, scope, where, caller=caller)
+    wanted = aims(params, found, sparsity, pattern, scope, where, unfit, caller=caller)
 
     def settle(stop: Stop) -> Any:
         aim = wanted[stop.path]
-        options: dict[str, Any] = {"pattern": pattern, "sparsity": aim.sparsity, "format": format}
-        order, hessian = in_groups(stop, aim.axis), stop.stats["gram"]
-        result = pruned(stop.matrices(), hessian, order, damping, block=block_size, **options)
+        order, hessian, weight = in_groups(stop, aim.axis), stop.stats["gram"], stop.matrices()
+        block = fitting(block_size, pattern, len(order))
+        counts = np.zeros((len(weight), 1), np.uint32)  # of no use under `NM`
+        if not isinstance(pattern, NM):
+            zeros = np.asarray(jnp.sum(weight == 0, axis=-1, dtype=jnp.uint32))[:, order]
+            counts = shares(zeros, weight.shape[-1], aim.sparsity, block)
+        options: dict[str, Any] = {"pattern": pattern, "format": format, "block": block}
+        result = pruned(weight, hessian, order, damping, counts, **options)
         _check(result, stop, damping, format, caller)
         dtype = stop.weight.dtype
         if format is None:
@@ -150,28 +160,67 @@ def sparsegpt(
     return layer_by_layer(apply, params, inputs, wanted, gram, settle, found=found, caller=caller)
 
 
-@functools.partial(jax.jit, static_argnames=("pattern", "sparsity", "format", "block"))
+def fitting(block: int | None, pattern: Pattern, rows: int) -> int:
+    """The number of inputs settled together: whole groups, and not more than there are."""
+    unit = pattern.m if isinstance(pattern, NM) else 1
+    if block is None:  # groups choose for themselves whatever the block
+        block = 128 if isinstance(pattern, NM) else min(128, max(16, rows // 16))
+    return min(-(-block // unit) * unit, rows)
+
+
+def shares(zeros: np.ndarray, outputs: int, sparsity: float, block: int) -> np.ndarray:
+    """How many weights of each block of inputs go: `round(sparsity · n)` in all.
+
+    A block with more zeros than its share keeps them, and the other blocks lose less.
+
+    Args:
+      zeros: of each input, in the order in which they are settled, `[blocks, in]`.
+      outputs: weights an input.
+      sparsity: the fraction.
+      block: inputs a block.
+    """
+    rows = zeros.shape[1]
+    ends = np.array([min(end, rows) for end in range(0, rows + block, block)])
+    sizes, goal = np.diff(ends) * outputs, round(sparsity * rows * outputs)
+    found = []
+    for own in zeros:
+        gone = np.add.reduceat(own.astype(np.int64), ends[:-1])
+        full, level = np.zeros(len(sizes), bool), sparsity
+        while (more := ~full & (gone > level * sizes)).any():
+            full |= more
+            level = max(0, goal - int(gone[full].sum())) / max(1, int(sizes[~full].sum()))
+        passed = np.cumsum(np.where(full, 0, sizes))
+        counts = np.diff([0, *(round(level * int(end)) for end in passed)])
+        counts = np.maximum(counts, gone)
+        for _ in range(int(counts.sum()) - max(goal, int(gone.sum()))):  # what rounding put above
+            counts[np.argmax(counts - gone)] -= 1
+        found.append(counts)
+    return np.stack(found).astype(np.uint32)
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "format", "block"))
 def pruned(
     weight: jax.Array,
     hessian: jax.Array,
     order: jax.Array,
     damping: Any,
+    counts: jax.typing.ArrayLike,
     *,
     pattern: Pattern,
-    sparsity: float,
     format: Format | None,
     block: int,
 ) -> Result:
     """Prunes `[blocks, in, out]`, given `[blocks, in, in]`; inputs are settled in the order given.
 
-    Pure; groups of `NM` are consecutive in that order.
+    Pure. `counts` are of the weights to take from each `block` inputs, as `shares` has them; `NM`
+    needs none, and its groups are consecutive in that order.
     """
 
-    def matrix(weight: jax.Array, hessian: jax.Array) -> Result:
+    def matrix(weight: jax.Array, hessian: jax.Array, counts: jax.Array) -> Result:
         weight = weight.astype(jnp.float32)
-        return _matrix(weight, hessian, order, damping, pattern, sparsity, format, block)
+        return _matrix(weight, hessian, order, damping, counts, pattern, format, block)
 
-    return jax.vmap(matrix)(weight, hessian)
+    return jax.vmap(matrix)(weight, hessian, jnp.asarray(counts))
 
 
 # Helpers, in order of use.
@@ -195,8 +244,8 @@ def _matrix(
     hessian: jax.Array,
     order: jax.Array,
     damping: Any,
+    counts: jax.Array,
     pattern: Pattern,
-    sparsity: float,
     format: Format | None,
     block: int,
 ) -> Result:
@@ -206,7 +255,6 @@ def _matrix(
     feedback, diagonal = feedback_of(damped(hessian, damping))
     costs = lifted(jnp.where(jnp.diagonal(hessian) > 0, diagonal**2, 0.0))
     unit = pattern.m if isinstance(pattern, NM) else 1
-    block = min(-(-block // unit) * unit, rows)
     panel = unit if unit > 1 else math.gcd(block, _PANEL)
     more = -rows % block
     turned = jnp.pad(clean[order], ((0, more), (0, 0)))
@@ -215,8 +263,6 @@ def _matrix(
     mark = jnp.pad(mark, ((0, more), (0, 0)), constant_values=jnp.inf)
     costs = jnp.pad(costs, (0, more))
     grid, place = _on_grid(weight, order, format)
-    ends = [min(end, rows) for end in range(0, rows + more + 1, block)]
-    counts = np.diff([round(sparsity * end * weight.shape[1]) for end in ends])
 
     def keep(at: Any, current: jax.Array, choose: Any) -> jax.Array:
         """Which of some rows stay, given those as they are."""
@@ -226,7 +272,7 @@ def _matrix(
         return choose(scores) & (marks == 0)
 
     def lowest(number: Any) -> Any:
-        count = _wide.widen(jnp.asarray(counts, jnp.uint32)[number][None])
+        count = _wide.widen(counts[number][None])
         return lambda scores: _threshold.keep([scores], count, together=False)[0]
 
     def grouped(scores: jax.Array) -> jax.Array:

@@ -11,9 +11,9 @@ from jax.core import Tracer
 from jopt import trees
 from jopt.trace import Site
 
-from . import _landing, _masks, _packed
+from . import _landing, _masks, _packed, _scopes
 from ._choice import MAGNITUDE, UNSTRUCTURED, Choice, Plan, ranked
-from ._packed import Packed
+from ._packed import Packed, Pooled, Words
 from ._patterns import Pattern
 from ._scopes import Level, Policy
 from ._scores import Score
@@ -27,7 +27,7 @@ class SparsifyState(NamedTuple):
 
     step: jax.Array  # int32, updates so far
     sparsity: jax.Array  # float32, what the masks were last made for; of a policy, one for each row
-    masks: Packed  # one bit a weight
+    masks: Packed | Pooled  # one bit a weight
     score: PyTree  # the score's own state
     inner: PyTree = ()  # the state of the optimizer inside, if there is one
 
@@ -35,7 +35,7 @@ class SparsifyState(NamedTuple):
 class HoldState(NamedTuple):
     """State of `hold`."""
 
-    masks: Packed  # one bit a weight
+    masks: Packed | Pooled  # one bit a weight
 
 
 def sparsify(
@@ -50,6 +50,7 @@ def sparsify(
     unfit: str = "error",
     regrow: bool = False,
     inner: optax.GradientTransformation | None = None,
+    pooled: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes while training: LAST in the chain, it makes `optax.apply_updates` land on zeros.
 
@@ -86,6 +87,9 @@ def sparsify(
         and follow a schedule that falls. For scores that pruned weights can win by: `movement`,
         `taylor` with `straight_through` in the loss, a random one, or any at sparsity 0.
       inner: an optimizer to wrap.
+      pooled: keep the bits of all masks in one array of the state. For hundreds of small leaves,
+        each of which takes longer to hand to a compiled step than its bits take to read; not for
+        parameters that are sharded, whose masks otherwise lie where the weights do.
 
     Returns:
       A gradient transformation with state `SparsifyState`; `masks_of` reads the masks from any
@@ -110,14 +114,14 @@ def sparsify(
       weights still receive gradient updates; here they do not.
     """
     caller = "prune.sparsify"
-    choice = Choice(pattern, scope, where, sites, unfit, caller)
+    choice = Choice(pattern, scope, where, sites, unfit, caller, pooled)
     choice.check(sparsity, score)
     if not isinstance(every, Tracer) and every < 1:
         raise ValueError(f"`{caller}(..., every={every})` expects a number of steps, at least 1.")
     return gradual(choice, sparsity, score, every, inner, "anew" if regrow else "grow")
 
 
-def hold(masks: PyTree) -> optax.GradientTransformationExtraArgs:
+def hold(masks: PyTree, *, pooled: bool = False) -> optax.GradientTransformationExtraArgs:
     """Keeps given masks while training goes on: put it LAST in the chain, as `sparsify`.
 
     For fine-tuning and quantization-aware training after pruning. The first update brings pruned
@@ -125,6 +129,7 @@ def hold(masks: PyTree) -> optax.GradientTransformationExtraArgs:
 
     Args:
       masks: a mask tree from `masks` or `masks_of`; a leaf may stand for a whole subtree.
+      pooled: as of `sparsify`.
 
     Returns:
       A gradient transformation with state `HoldState`; `masks_of` reads the masks from any chain's
@@ -153,13 +158,15 @@ def hold(masks: PyTree) -> optax.GradientTransformationExtraArgs:
 
     def init(params: PyTree) -> HoldState:
         if not jax.tree.leaves(params):
-            return HoldState(_packed.placeholder(params))
+            return HoldState(_packed.placeholder(params, pooled=pooled))
         selection, found = selected(params)
-        words = [
-            _packed.pack(~jnp.broadcast_to(mask, jnp.shape(weight)))
+        gone = [
+            ~jnp.broadcast_to(mask, jnp.shape(weight))
             for mask, weight in zip(found, selection.chosen_weights, strict=True)
         ]
-        return HoldState(_packed.with_words(_packed.blank(params, selection), selection, words))
+        packed = _packed.blank(params, selection, pooled=pooled)
+        words = _packed.pack_all(gone, pooled=pooled)
+        return HoldState(_packed.with_words(packed, selection, words))
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
@@ -189,13 +196,13 @@ def gradual(
         step, reached = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)
         within = () if wrapped is None else wrapped.init(params)
         if not jax.tree.leaves(params):
-            words = _packed.placeholder(params)
+            words = _packed.placeholder(params, pooled=choice.pooled)
             return SparsifyState(step, reached, words, score.init(params), within)
         plan = choice.plan(params, sparsity)
         if len(plan.parts) > 1:
             reached = jnp.zeros([len(plan.parts)], jnp.float32)
         scoring = score.init(plan.selection.weights(params))
-        words = _packed.blank(params, plan.selection)
+        words = _packed.blank(params, plan.selection, pooled=choice.pooled)
         return SparsifyState(step, reached, words, scoring, within)
 
     def update(
@@ -211,8 +218,7 @@ def gradual(
         if wrapped is not None:
             seen = {**extra_args, "grad": updates, "inner_state": state.inner}
         scoring = score.update(selection.weights(updates), state.score, weights, **seen)
-        targets = [p.sparsity(state.step) if callable(p.sparsity) else p.sparsity
-                   for p in plan.parts]  # fmt: skip
+        targets = [_scopes.at(p.sparsity, state.step, caller=choice.caller) for p in plan.parts]
         aims = [jnp.asarray(target).astype(jnp.float32) for target in targets]
         aim = jnp.stack(aims) if state.sparsity.ndim else aims[0]
         risen, changed = aim > state.sparsity, aim != state.sparsity
@@ -220,12 +226,14 @@ def gradual(
         due = (state.step % every == 0) & jnp.any(moved)
         before = _packed.words_of(state.masks, selection)
 
-        def look() -> list[jax.Array]:
+        def look() -> Words:
             statistics = score.observe(scoring, weights, **seen, steps=state.step)
             scores = ranked(score, statistics, weights, caller=choice.caller)
-            if mode != "grow":
-                return [_packed.pack(~kept) for kept in plan.choose(scores, targets)]
-            return _grown(before, scores, targets, plan)
+            if mode == "grow":
+                lost = _grown(before, scores, targets, plan)
+            else:
+                lost = [~kept for kept in plan.choose(scores, targets)]
+            return _packed.pack_all(lost, pooled=choice.pooled)
 
         words = jax.lax.cond(due, look, lambda: before)
         gone = _landing.pruned(words, selection)
@@ -248,10 +256,10 @@ def gradual(
 
 
 def _grown(
-    before: Sequence[jax.Array], scores: Sequence[jax.Array], targets: Sequence[Any], plan: Plan
+    before: Words, scores: Sequence[jax.Array], targets: Sequence[Any], plan: Plan
 ) -> list[jax.Array]:
-    """Masks that keep what is pruned and add the lowest of the rest."""
+    """What is pruned, and the lowest of the rest."""
     gone = _landing.pruned(before, plan.selection)
     lowered = [jnp.where(g, -jnp.inf, s) for g, s in zip(gone, scores, strict=True)]
     kept = plan.choose(lowered, targets)
-    return [_packed.pack(g | ~k) for g, k in zip(gone, kept, strict=True)]
+    return [g | ~k for g, k in zip(gone, kept, strict=True)]

@@ -1,5 +1,6 @@
 """Sparse forward passes over dense weights: masks whose gradient passes straight through."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jopt import trees
+from jopt.trace import Site
 
 from . import _masks
 from ._choice import MAGNITUDE, UNSTRUCTURED
@@ -76,6 +78,8 @@ def top_kast(
     pattern: Pattern = UNSTRUCTURED,
     scope: str = "layer",
     where: trees.Where | None = None,
+    sites: Sequence[Site] | None = None,
+    unfit: str = "error",
 ) -> tuple[PyTree, jax.Array]:
     """Computes with the weights of set A and learns those of a larger set B, both by magnitude.
 
@@ -92,7 +96,7 @@ def top_kast(
       params: any pytree.
       forward: the sparsity of A.
       backward: the sparsity of B, at most `forward`.
-      score, pattern, scope, where: as of `masks`.
+      score, pattern, scope, where, sites, unfit: as of `masks`.
 
     Returns:
       The parameters to compute the loss with, and the penalty, a float32 scalar.
@@ -110,7 +114,8 @@ def top_kast(
             f"`top_kast(params, {forward}, {backward})`: the backward set holds the forward set, "
             "so `backward` is a sparsity of at most `forward`."
         )
-    options: Any = {"score": score, "pattern": pattern, "scope": scope, "where": where}
+    options: dict[str, Any] = {"score": score, "pattern": pattern, "scope": scope, "where": where}
+    options |= {"sites": sites, "unfit": unfit}
     ahead = _masks.masks(params, forward, **options)
     back = _masks.masks(params, backward, **options)
     used = straight_through(params, ahead, backward=back)

@@ -28,6 +28,7 @@ def wanda(
     pattern: Pattern = UNSTRUCTURED,
     scope: str = "layer",
     where: trees.Where | None = None,
+    unfit: str = "error",
 ) -> PyTree:
     """Prunes after training by what each weight adds to its output on data; the rest stays as is.
 
@@ -37,7 +38,7 @@ def wanda(
     or those that lose in their groups under `NM`. The function is run in stages, so that each layer
     is judged on what the pruned ones before it give; stacked layers under `scan` are judged one by
     one. Of equal scores the first go first. Weights that are zero stay zero and count as gone. A
-    NaN is kept, to be seen.
+    NaN is kept, to be seen; a product that meets what comes of it is an error.
 
     Args:
       apply: any function `apply(params, *inputs)`.
@@ -48,15 +49,16 @@ def wanda(
       pattern: `Unstructured()` or `NM(n, m)`.
       scope: `"layer"`, `"uniform"` or `"erk"`, as of `prune.masks`.
       where: the leaves to prune; by default those that a product reads as its weight.
+      unfit: `"error"` or `"skip"`, as of `prune.masks`.
 
     Returns:
       `params` with zeros; `jax.tree.map(lambda w: w != 0, ...)` of them are masks for
       `prune.hold`.
 
     Raises:
-      ValueError: as `prune.masks` does, if a chosen weight is met by no product as it is, or an
-        activation is not finite.
-      TypeError: if a chosen leaf is no array of floats.
+      ValueError: as `prune.masks` does, if a batch has no rows, a chosen weight is met by no
+        product as it is, or an activation is not finite.
+      TypeError: if a chosen leaf is no array of floats, and under `jit`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -72,9 +74,9 @@ def wanda(
       for Large Language Models", 2023, arXiv 2306.11695.
     """
     caller = "prune.wanda"
-    inputs = listed(batches, caller)
+    inputs = listed(params, batches, caller)
     found = sites(apply, params, *inputs[0])
-    wanted = aims(params, found, sparsity, pattern, scope, where, caller=caller)
+    wanted = aims(params, found, sparsity, pattern, scope, where, unfit, caller=caller)
 
     def settle(stop: Stop) -> jax.Array:
         aim, matrices = wanted[stop.path], stop.matrices()

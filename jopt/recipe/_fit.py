@@ -16,6 +16,7 @@ from jopt.recipe import _tables as tables
 from jopt.recipe._distilling import Lesson
 from jopt.recipe._model import Model, training
 from jopt.recipe._task import Task
+from jopt.trace import Site
 
 PyTree = Any
 LOGGED = 10  # steps from one line of metrics to the next
@@ -44,11 +45,12 @@ def fit(
     )
     steps = stage_steps(config, task)
     tx = chain(config, model, task, epoch=feed.steps_per_epoch, steps=steps, seed=place.seed)
-    loss, params, collections = _loss(config, model, task), model.params, model.collections
+    sites = () if config.sparsity is None else pruning.sites_of(model, task)
+    loss, params, collections = _loss(config, model, task, sites), model.params, model.collections
     key = jax.random.key(place.seed)
     if lesson is not None:
         rule = tables.optimizer(config.optimizer, epoch=feed.steps_per_epoch, steps=steps)
-        tx, loss = lesson.chain(tx, rule), _taught(config, lesson)
+        tx, loss = lesson.chain(tx, rule), _taught(config, lesson, sites)
         params, collections = lesson.begin(params, collections, jax.random.fold_in(key, 1))
     state, _ = train.fit(
         train.make_step(loss, tx),
@@ -61,7 +63,7 @@ def fit(
     )
     state = state if lesson is None else lesson.finish(state)
     model = dataclasses.replace(model, params=state.params, collections=state.collections)
-    return pruning.finished(config.sparsity, model, state.opt_state)
+    return pruning.finished(config.sparsity, model, state.opt_state, sites)
 
 
 def stage_steps(config: schema.Fit, task: Task) -> int:
@@ -110,12 +112,14 @@ def _lesson(
     )
 
 
-def _taught(config: schema.Fit, lesson: Lesson) -> Callable[..., tuple[jax.Array, train.Aux]]:
+def _taught(
+    config: schema.Fit, lesson: Lesson, sites: Sequence[Site]
+) -> Callable[..., tuple[jax.Array, train.Aux]]:
     """The loss of a lesson, on what the student's pruning lets it see."""
     variables = lesson.variables()
 
     def loss(params: PyTree, *args: Any, **kwargs: Any) -> tuple[jax.Array, train.Aux]:
-        student, penalty = pruning.forward(config.sparsity, params["model"])
+        student, penalty = pruning.forward(config.sparsity, params["model"], sites)
         value, aux = lesson.loss(variables, {**params, "model": student}, *args, **kwargs)
         return value + penalty, aux
 
@@ -123,7 +127,7 @@ def _taught(config: schema.Fit, lesson: Lesson) -> Callable[..., tuple[jax.Array
 
 
 def _loss(
-    config: schema.Fit, model: Model, task: Task
+    config: schema.Fit, model: Model, task: Task, sites: Sequence[Site]
 ) -> Callable[..., tuple[jax.Array, train.Aux]]:
     """Cross-entropy."""
     forward = training(model.module)
@@ -132,7 +136,7 @@ def _loss(
         params: PyTree, batch: dict[str, jax.Array], *, collections: PyTree, key: jax.Array
     ) -> tuple[jax.Array, train.Aux]:
         inputs, labels = task.examples(batch)
-        params, penalty = pruning.forward(config.sparsity, params)
+        params, penalty = pruning.forward(config.sparsity, params, sites)
         logits, collections = forward(params, collections, inputs, key)
         logits = logits.astype(jnp.float32)
         value = distill.hard(logits, labels, smoothing=config.smoothing)

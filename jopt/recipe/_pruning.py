@@ -14,6 +14,7 @@ from jopt.recipe import _schema as schema
 from jopt.recipe import _tables as tables
 from jopt.recipe._model import Model
 from jopt.recipe._task import Task
+from jopt.trace import Site, target_of
 
 PyTree = Any
 
@@ -25,11 +26,7 @@ def on_data(config: schema.Sparsity, batch_size: int, model: Model, task: Task) 
     def apply(params: PyTree, inputs: jax.Array) -> jax.Array:
         return model.module.apply({"params": params, **model.collections}, inputs)
 
-    how: dict[str, Any] = {
-        "pattern": _pattern(config),
-        "scope": config.scope,
-        "where": tables.listed(config.where),
-    }
+    how = _options(config)
     if config.method == "wanda":
         params = prune.wanda(apply, model.params, batches, config.final, **how)
     else:
@@ -53,23 +50,13 @@ def chained(
     """The chain of `links`, the optimizer first, with what prunes behind it or around it."""
     if config.method in (*schema.CALIBRATED, *schema.THROUGH):
         return optax.chain(*links)
-    how: dict[str, Any] = {
-        "pattern": _pattern(config),
-        "scope": config.scope,
-        "where": tables.listed(config.where),
-    }
-    if config.scope in ("uniform", "erk"):
-        example = jax.ShapeDtypeStruct((1, *task.inputs.shape), task.inputs.dtype)
-
-        def apply(params: PyTree, collections: PyTree, inputs: Any) -> Any:
-            return model.module.apply({"params": params, **collections}, inputs)
-
-        how["sites"] = jopt.sites(apply, model.params, model.collections, example)
+    how: dict[str, Any] = _options(config) | {"sites": sites_of(model, task)}
     inner, final = optax.chain(*links), config.final
     begin, end = (round(share * steps) for share in (config.begin, config.end))
     match config.method:
         case "rigl" | "set":
-            how |= {"until": max(1, end), "every": config.every, "drop": config.drop, "key": key}
+            every = _every(config, steps)
+            how |= {"until": max(1, end), "every": every, "drop": config.drop, "key": key}
             moving = prune.rigl if config.method == "rigl" else prune.set
             return optax.chain(moving(final, inner=inner, **how))
         case "static":
@@ -82,30 +69,66 @@ def chained(
             return _scheduled(config, links, how, epoch=epoch, steps=steps, key=key)
 
 
-def forward(config: schema.Sparsity | None, params: PyTree) -> tuple[PyTree, jax.Array]:
+def forward(
+    config: schema.Sparsity | None, params: PyTree, sites: Sequence[Site]
+) -> tuple[PyTree, jax.Array]:
     """The parameters that the loss computes with, and what is added to it."""
     nothing = jnp.zeros((), jnp.float32)
     if config is None or config.method not in schema.THROUGH:
         return params, nothing
     if config.method == "straight_through":
-        return prune.straight_through(params, _largest(config, params)), nothing
-    how: dict[str, Any] = {"pattern": _pattern(config), "where": tables.listed(config.where)}
-    how["scope"] = config.scope
+        return prune.straight_through(params, largest(config, params, sites)), nothing
+    how: dict[str, Any] = _options(config) | {"sites": sites}
     used, penalty = prune.top_kast(params, config.final, config.backward, **how)
     return used, config.penalty * penalty
 
 
-def finished(config: schema.Sparsity | None, model: Model, opt_state: PyTree) -> Model:
+def finished(
+    config: schema.Sparsity | None, model: Model, opt_state: PyTree, sites: Sequence[Site]
+) -> Model:
     """The trained model with its masks, and zeros where these only came before the loss."""
     if config is None or config.method in schema.CALIBRATED:
         return model
     if config.method in schema.THROUGH:
-        masks = _both(_largest(config, model.params), model.masks)
+        masks = _both(largest(config, model.params, sites), model.masks)
         return dataclasses.replace(
             model, params=prune.apply_masks(model.params, masks), masks=masks
         )
     own = opt_state[-1]._replace(inner=())  # inside may be another, which holds earlier masks
     return dataclasses.replace(model, masks=_both(prune.masks_of(own), model.masks))
+
+
+def largest(config: schema.Sparsity, params: PyTree, sites: Sequence[Site]) -> PyTree:
+    """The masks of the largest weights as they are."""
+    return prune.masks(params, config.final, sites=sites, **_options(config))
+
+
+def sites_of(model: Model, task: Task) -> tuple[Site, ...]:
+    """The products of the model, of which scopes and patterns want to know."""
+    example = jax.ShapeDtypeStruct((1, *task.inputs.shape), task.inputs.dtype)
+
+    def apply(params: PyTree, collections: PyTree, inputs: Any) -> Any:
+        return model.module.apply({"params": params, **collections}, inputs)
+
+    return jopt.sites(apply, model.params, model.collections, example)
+
+
+def check(config: schema.Sparsity, model: Model, task: Task) -> None:
+    """Says on shapes alone what of a method cannot work, where its chain does not."""
+    if config.method not in (*schema.THROUGH, *schema.CALIBRATED):
+        return
+    sites = sites_of(model, task)
+    jax.eval_shape(lambda params: largest(config, params, sites), model.params)
+    if config.method not in schema.CALIBRATED:
+        return
+    chosen = jopt.trees.select(model.params, tables.listed(config.where), caller="sparsify")
+    found = {p: target_of(p, sites) for p, mine in jopt.trees.items(chosen) if mine}
+    if unmet := {path: why for path, why in found.items() if isinstance(why, str)}:
+        raise ValueError(
+            f"`method: {config.method}` cannot tell what weights meet:\n"
+            + "\n".join(f"  `{path}`: {why}" for path, why in unmet.items())
+            + "\nLeave them out with `where`."
+        )
 
 
 # Helpers, in order of use.
@@ -121,6 +144,22 @@ def _pattern(config: schema.Sparsity) -> prune.Pattern:
             return prune.Channel(axis)
         case _:
             return prune.Unstructured()
+
+
+def _options(config: schema.Sparsity) -> dict[str, Any]:
+    """What all methods take."""
+    where = tables.listed(config.where)
+    return {
+        "pattern": _pattern(config),
+        "scope": config.scope,
+        "where": where,
+        "unfit": config.unfit,
+    }
+
+
+def _every(config: schema.Sparsity, steps: int) -> int:
+    """Steps between two looks, of which even a short stage has some."""
+    return min(config.every, max(1, steps // 10))
 
 
 def _both(masks: PyTree, before: PyTree | None) -> PyTree:
@@ -161,7 +200,7 @@ def _scheduled(
         sparsity = schedules.steps_sparsity(sorted(points.items()))
     else:
         # The masks are looked at every so many steps: the schedule ends at such a step, or before.
-        every = min(config.every, max(1, steps // 10))
+        every = _every(config, steps)
         last = (steps - 1) // every * every
         if last < 1:
             raise ValueError(f"`sparsity.target` needs two steps or more; the stage has {steps}")
@@ -172,9 +211,3 @@ def _scheduled(
     if config.method in ("magnitude", "random"):
         return optax.chain(*links, prune.sparsify(sparsity, **how))
     return optax.chain(prune.sparsify(sparsity, inner=optax.chain(*links), **how))
-
-
-def _largest(config: schema.Sparsity, params: PyTree) -> PyTree:
-    """The masks of the largest weights as they are."""
-    how: dict[str, Any] = {"pattern": _pattern(config), "where": tables.listed(config.where)}
-    return prune.masks(params, config.final, scope=config.scope, **how)

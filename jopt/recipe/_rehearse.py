@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jopt import quant
+from jopt.recipe import _pruning as pruning
 from jopt.recipe import _schema as schema
 from jopt.recipe import _tables as tables
 from jopt.recipe._fit import chain, check_lesson
@@ -51,6 +52,8 @@ def _after(stage: schema.Fit, start: Model | None, teachers: Sequence[Model], ta
         _run(model, policy, task)
         params = jax.eval_shape(lambda params: quant.qat(params, policy), model.params)
         model = dataclasses.replace(model, params=params)
+    if stage.sparsity is not None:
+        pruning.check(stage.sparsity, model, task)
     if stage.epochs > 0:
         epoch = task.train_size // stage.batch_size
         steps = round(stage.epochs * epoch)

@@ -117,7 +117,9 @@ class Sparsity(Block):
     )
     penalty: Positive = Field(default=1e-4, description="top_kast: weight of its penalty")
     calibration_batches: Count = Field(default=16, description="wanda, sparsegpt")
-    block_size: Count = Field(default=128, description="sparsegpt: inputs chosen among at a time")
+    block_size: Count | None = Field(
+        default=None, description="sparsegpt: inputs chosen among at a time; null: by the layer"
+    )
     damping: Annotated[float, Field(ge=0.0)] = Field(default=0.01, description="sparsegpt")
     pattern: Units = "unstructured"
     scope: Literal["global", "layer", "uniform", "erk"] = Field(
@@ -125,6 +127,9 @@ class Sparsity(Block):
         description="default: erk for rigl, set, static; layer for wanda, sparsegpt and n:m",
     )
     where: Where = "**/kernel"
+    unfit: Literal["error", "skip"] = Field(
+        default="error", description="skip: leave dense what the pattern does not fit"
+    )
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -157,6 +162,10 @@ class Sparsity(Block):
             given = getattr(self, key) != type(self).model_fields[key].default
             if given and self.method not in methods:
                 raise ValueError(f"`{key}` is for {', '.join(methods)}, not for `{self.method}`")
+        if self.method in CALIBRATED and isinstance(self.pattern, Tiles | Channels):
+            raise ValueError(f"`{self.method}` takes `unstructured` and n:m patterns")
+        if self.method in DYNAMIC and isinstance(self.pattern, NM):
+            raise ValueError(f"`{self.method}` moves whole units: no n:m pattern")
         if self.method in (*DYNAMIC, *CALIBRATED) and self.scope == "global":
             raise ValueError(f"`{self.method}` settles each layer by itself: no `scope: global`")
         if self.method == "top_kast" and self.backward > self.final:

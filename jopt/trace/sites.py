@@ -30,6 +30,8 @@ class Use:
     indexed: bool  # rows of it that the inputs choose, as of an embedding or of experts
     batched: tuple[int, ...] | None = ()  # its axes that the product shares with the other operand
     mixed: bool = False  # computed on together with other parameters before, as by a mask
+    features: tuple[int, ...] | None = None  # of `contracted`, what a convolution's inputs fill;
+    # None: no convolution's kernel, or an axis that they share with its window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +144,7 @@ class _Product(NamedTuple):
     cost: int  # multiply-adds
     summed: Sequence[Sequence[int] | None]  # axes of each operand; None: no whole axes
     shared: Sequence[Sequence[int]] = ((), ())  # batch axes of each operand
+    features: int | None = None  # of a convolution's kernel, the axis of the input features
 
 
 def _product(equation: Any) -> _Product | None:
@@ -176,6 +179,7 @@ def _site(equation: Any, views: Sequence[View], place: Place, product: _Product)
                 o.indexed,
                 origins.contracted(o.axes, product.shared[i] if i < 2 else ()),
                 o.mixed,
+                _features(o, product) if i == 1 else None,
             )
             for i, o in fed
         ),
@@ -188,6 +192,12 @@ def _site(equation: Any, views: Sequence[View], place: Place, product: _Product)
         source=compat.source_of(equation),
         groups=equation.params.get("feature_group_count", 1),
     )
+
+
+def _features(origin: origins.Origin, product: _Product) -> tuple[int, ...] | None:
+    if product.features is None:
+        return None
+    return origins.contracted(origin.axes, (product.features,))
 
 
 def _dot(equation: Any) -> _Product:
@@ -212,7 +222,7 @@ def _ragged(equation: Any) -> _Product:
 def _conv(equation: Any) -> _Product:
     _, *summed = equation.params["dimension_numbers"].rhs_spec
     # Of the input, windows are summed: no whole axes.
-    return _Product(_conv_cost(equation), (None, tuple(summed)))
+    return _Product(_conv_cost(equation), (None, tuple(summed)), features=summed[0])
 
 
 def _conv_cost(equation: Any) -> int:

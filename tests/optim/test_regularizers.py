@@ -101,6 +101,55 @@ def test_decompositions_now_and_then():
     np.testing.assert_array_equal(first, weight)
 
 
+@pytest.mark.parametrize("rates", [(1, 1, 1, 0), (0, 0, 0, 1), (0.5, 2, 0.25, 1)])
+def test_thresholds_put_off_are_those_of_the_steps_passed(rates):
+    rate = lambda t: jnp.asarray(rates, jnp.float32)[t % 4]  # noqa: E731
+    weight, none = 10 * jnp.eye(3), jnp.zeros((3, 3))
+    for every in (1, 2, 4):
+        found, state = landed(optim.proximal_nuclear_norm(0.5, rate, every=every), weight, none, 8)
+        np.testing.assert_allclose(found, (10 - sum(rates)) * np.eye(3), atol=1e-5)
+        assert every == 1 or float(state.owed) == 0
+    tx = optim.proximal_nuclear_norm(0.5, rate, every=4)
+    assert float(landed(tx, weight, none, 3)[1].owed) == sum(rates[:3]) / 2
+
+
+def test_groups_that_are_not_there():
+    empty = {"k": jnp.ones((3, 0)), "m": jnp.ones((2, 2))}
+    found, _ = landed(
+        optim.proximal_group_lasso(0.1, 1.0), empty, jax.tree.map(jnp.zeros_like, empty)
+    )
+    assert found["k"].shape == (3, 0) and float(found["m"][0, 0]) == pytest.approx(0.9)
+    tx = optim.proximal_group_lasso(0.1, 1.0, axis=2, where="m")
+    with pytest.raises(ValueError, match=r"`proximal_group_lasso\(..., axis=2\)`: `m` has shape"):
+        tx.init(empty)
+
+
+@pytest.mark.parametrize(
+    ("masks", "words"),
+    [
+        ({"k": np.zeros((3, 3), bool), "b": True}, r"mask of `k` is bool\[3, 3\].*\[2, 2\]"),
+        ({"k": np.ones((2, 2), np.float32), "b": True}, r"mask of `k` is float32\[2, 2\]"),
+        ({"k": np.zeros((2, 2), bool)}, "no mask for `b`"),
+        ({"k": False, "b": True, "typo": False}, "the masks name `typo`"),
+        (False, "no mask for `b`"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused_at_init(masks, words):
+    params = {"k": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    with pytest.raises(ValueError, match=words):
+        optim.growing_l2(masks, delta=0.1).init(params)
+
+
+def test_masks_of_what_is_left_out():
+    params = {"k": jnp.ones((2, 2)), "b": {"x": jnp.ones(2)}}
+    masks = {"k": jnp.eye(2, dtype=bool), "b": {"x": jnp.array(True)}}
+    tx = optax.masked(optim.growing_l2(masks, delta=0.5), {"k": True, "b": False})
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    np.testing.assert_array_equal(updates["k"], [[0, 0.5], [0.5, 0]])
+
+
 def test_penalties_are_gradients():
     params = {"k": draw(0, 4, 5), "b": draw(1, 5)}
     grads = {"k": draw(2, 4, 5), "b": draw(3, 5)}
@@ -140,7 +189,7 @@ def test_growing_l2():
         pulls.append(float(updates["k"][0, 1]))
     np.testing.assert_allclose(pulls, [0, 0, 0.4, 0.4, 0.6, 0.6], rtol=1e-6)
     with pytest.raises(ValueError, match="no mask for `k`"):
-        optim.growing_l2({"b": True}, delta=0.1).update(none, tx.init(params), params)
+        optim.growing_l2({"b": jnp.zeros(2, bool)}, delta=0.1).update(none, state, params)
 
 
 def test_lasso_reaches_its_optimum():

@@ -83,6 +83,16 @@ LAYOUTS = {  # function, shape of the weight, of the data, axis of the groups
     "convolution": (convolution(HWIO), (3, 3, 4, 6), (4, 6, 6, 4), 2),
     "convolution of torch": (convolution(OIHW), (6, 4, 3, 3), (4, 4, 6, 6), 1),
     "grouped convolution": (convolution(HWIO, 2), (3, 3, 4, 6), (4, 6, 6, 8), 2),
+    "long window": (convolution(HWIO), (8, 8, 4, 6), (4, 9, 9, 4), 2),
+    "long window of torch": (convolution(OIHW), (6, 4, 8, 8), (4, 4, 9, 9), 1),
+    "long window of a sequence": (
+        lambda w, x: lax.conv_general_dilated(
+            x, w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        ),
+        (16, 8, 6),
+        (4, 20, 8),
+        1,
+    ),
 }
 
 
@@ -96,6 +106,32 @@ def test_groups_lie_along_the_inputs_in_any_layout(name):
         assert new.shape == shape and new.dtype == jnp.float32
         kept = np.moveaxis(np.asarray(new) != 0, axis, -1)
         np.testing.assert_array_equal(kept.reshape(*kept.shape[:-1], -1, 4).sum(-1), 2)
+
+
+def test_a_window_is_no_group_of_inputs():
+    """DQN's first layer, RGB under a window of 12, and a depthwise kernel."""
+    shapes = {"dqn": (8, 8, 4, 8), "rgb": (12, 12, 3, 16), "depthwise": (4, 4, 1, 8)}
+    params = {name: f32(*shape) for name, shape in shapes.items()}
+
+    def f(p, x):
+        wide = jnp.concatenate([x, x], -1)
+        once, all_of_it = convolution(HWIO), convolution(HWIO, 8)
+        return once(p["dqn"], x), once(p["rgb"], x[..., :3]), all_of_it(p["depthwise"], wide)
+
+    x, pattern = f32(2, 12, 12, 4), prune.NM(2, 4)
+    sites = jopt.sites(f, params, x)
+    found = prune.misfits(params, pattern, sites=sites)
+    assert set(found) == {"rgb", "depthwise"} and "3 inputs (axis -2)" in found["rgb"]
+    for method in (prune.wanda, prune.sparsegpt):
+        with pytest.raises(ValueError, match=r"2 of 3(.|\n)*`depthwise`(.|\n)*1 inputs"):
+            method(f, params, [x], 0.5, pattern=pattern)
+    masks = prune.masks(params, 0.5, pattern=pattern, sites=sites, where="dqn")
+    _, report = prune.pack(prune.apply_masks(params, masks), "nm24", sites=sites, where="dqn")
+    assert report["dqn"].form == "nm24"
+    flat = {"w": f32(8 * 8 * 4, 6)}
+    sites = jopt.sites(lambda p, x: convolution(HWIO)(p["w"].reshape(8, 8, 4, 6), x), flat, x)
+    found = prune.misfits(flat, pattern, sites=sites)
+    assert "no axis of it is of the input features alone" in found["w"]
 
 
 def linen():
@@ -278,3 +314,46 @@ def test_errors():
         wrong(r"`w`: no product met this weight(.|\n)*`where=`", [x], 0.5, where="w")
         wrong(r"meet `v` have a NaN", [x.at[0, 0].set(jnp.nan)], 0.5, where="v")
         wrong(r"batch 1 has", [x, x[:2]], 0.5, where="v")
+
+
+def methods(f, params, batches):
+    masks = jax.tree.map(lambda w: jnp.arange(w.size).reshape(w.shape) % 2 == 0, params)
+    return {
+        "wanda": lambda: prune.wanda(f, params, batches, 0.5),
+        "sparsegpt": lambda: prune.sparsegpt(f, params, batches, 0.5),
+        "reconstruct": lambda: prune.reconstruct(f, params, batches, masks),
+    }
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "reconstruct"])
+def test_under_jit_and_without_rows(name):
+    params, x = {"w": f32(8, 4)}, f32(6, 8)
+    f = lambda p, x: x @ p["w"]  # noqa: E731
+    with pytest.raises(TypeError, match=rf"`prune.{name}\(.*looks at values.*outside `jit`"):
+        jax.jit(lambda p: methods(f, p, [x])[name]())(params)
+    with pytest.raises(ValueError, match=rf"`prune.{name}\(.*batch 1 holds no rows, \[0, 8\]"):
+        methods(f, params, [x, x[:0]])[name]()
+
+
+def test_what_does_not_fit_may_stay_dense():
+    params, x = {"a": f32(6, 8), "b": f32(8, 4)}, f32(20, 6)
+    f = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    for method in (prune.wanda, prune.sparsegpt):
+        with pytest.raises(ValueError, match=r"1 of 2(.|\n)*`a`"):
+            method(f, params, [x], 0.5, pattern=prune.NM(2, 4))
+        found = method(f, params, [x], 0.5, pattern=prune.NM(2, 4), unfit="skip")
+        np.testing.assert_array_equal(found["a"], params["a"])
+        assert int((found["b"] == 0).sum()) == 16
+
+
+def test_a_nan_stays_where_it_is():
+    params, x = {"a": f32(6, 8), "b": f32(8, 4).at[3, 2].set(jnp.nan)}, f32(20, 6)
+    f = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    clean = {**params, "b": jnp.nan_to_num(params["b"])}
+    for method in (prune.wanda, prune.sparsegpt):
+        found, same = method(f, params, [x], 0.5), method(f, clean, [x], 0.5)
+        np.testing.assert_array_equal(np.isnan(found["b"]), np.isnan(params["b"]))
+        np.testing.assert_array_equal(found["a"], same["a"])
+        swapped = {"a": f32(6, 8).at[0, 0].set(jnp.nan), "b": clean["b"]}
+        with pytest.raises(ValueError, match="activations that meet `b` have a NaN"):
+            method(f, swapped, [x], 0.5)

@@ -250,6 +250,29 @@ def test_top_kast():
         prune.top_kast(params, 0.5, 0.75)
 
 
+@pytest.mark.parametrize("name", ["rigl", "set", "static", "ac_dc"])
+def test_options_may_be_traced(name):
+    key = jax.random.key(0)
+    make, options = {
+        "rigl": (prune.rigl, {"until": 6, "every": 2, "drop": 0.4, "key": key}),
+        "set": (prune.set, {"until": 6, "every": 2, "drop": 0.4, "key": key}),
+        "static": (prune.static, {"key": key}),
+        "ac_dc": (prune.ac_dc, {"begin": 2, "period": 2, "end": 5}),
+    }[name]
+    params = {"w": jax.random.normal(jax.random.key(1), (16, 12))}
+    plain = make(0.5, inner=optax.sgd(0.1), **options)
+    tx = optax.inject_hyperparams(make)(0.5, inner=optax.sgd(0.1), **options)
+    wanted, injected, state, states = params, params, plain.init(params), tx.init(params)
+    step, steps = jax.jit(plain.update), jax.jit(tx.update)
+    for _ in range(7):
+        updates, state = step(params, state, wanted)
+        wanted = optax.apply_updates(wanted, updates)
+        updates, states = steps(params, states, injected)
+        injected = optax.apply_updates(injected, updates)
+        np.testing.assert_array_equal(injected["w"] == 0, wanted["w"] == 0)
+    assert int((wanted["w"] == 0).sum()) == 96
+
+
 def test_in_the_train_step():
     target = jax.random.normal(jax.random.key(5), (8, 8))
 

@@ -267,3 +267,11 @@ def _large(form):
     """A weight that CSR takes up, and packed."""
     w = prune.apply_masks(*_masked((512, 256), 0.5 if form == "nm24" else 0.95, PATTERNS[form]))
     return w, prune.pack(w, form, where="**")[0]
+
+
+@pytest.mark.parametrize("form", ["bits", "csr"])
+def test_a_product_of_no_rows(form):
+    weight = jnp.where(jax.random.uniform(jax.random.key(0), (4096, 64)) < 0.02, 1.0, 0.0)
+    leaf = prune.pack(weight, form)[0]
+    found = jopt.lift(lambda w, x: x @ w)(leaf, jnp.ones((0, 4096)))
+    assert found.shape == (0, 64)

@@ -391,3 +391,22 @@ def test_exports():
             lambda p, s: prune.masks(p, s, pattern=pattern, scope=scope, where=where)  # noqa: B023
         )
         jax.export.export(call, platforms=("cpu", "cuda", "tpu"))(params, sparsity)
+
+
+def test_leaves_without_weights():
+    params = {"e": jnp.zeros((0, 5)), "w": jnp.arange(1.0, 65).reshape(8, 8), "v": jnp.ones((4, 4))}
+    for scope in ("erk", "layer", "global"):
+        masks = prune.masks(params, 0.5, scope=scope)
+        rows = prune.report(masks)
+        assert rows["e"] == (0, 0, "") and rows["e"].sparsity == 0
+        assert rows["w"].kept + rows["v"].kept == 40
+        full = {name: params[name] for name in ("w", "v")}
+        np.testing.assert_array_equal(masks["w"], prune.masks(full, 0.5, scope=scope)["w"])
+    assert prune.report(prune.masks({"e": params["e"]}, 0.5, scope="erk"))["e"].total == 0
+    traced = jax.jit(lambda s: prune.masks(params, s, scope="erk"))(0.5)
+    np.testing.assert_array_equal(traced["w"], prune.masks(params, 0.5, scope="erk")["w"])
+
+
+def test_a_schedule_is_no_sparsity():
+    with pytest.raises(ValueError, match=r"`prune.masks\(params, <schedule>\)` prunes once"):
+        prune.masks({"w": jnp.ones((4, 4))}, lambda step: 0.5)

@@ -122,3 +122,9 @@ def test_errors():
         prune.rewind(tx, params, tx.init(params), prune.masks(params, 0.5))
     with pytest.raises(ValueError, match="another structure"):
         prune.rewind(tx, params, tx.init(params), {"x": True})
+    big, small = {"w": jnp.ones((8, 8))}, {"w": jnp.ones((4, 4))}
+    for tx in (optax.chain(optax.adam(0.1), prune.sparsify(0.5)), optax.adam(0.1)):
+        with pytest.raises(ValueError, match=r"mu/w` of the state has shape \[8, 8\].*\[4, 4\]"):
+            prune.rewind(tx, small, tx.init(big), {"w": jnp.eye(4).astype(bool)})
+    with pytest.raises(ValueError, match="the state has another structure"):
+        prune.rewind(tx, big, optax.sgd(0.1).init(big), {"w": jnp.eye(8).astype(bool)})

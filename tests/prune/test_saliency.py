@@ -70,6 +70,15 @@ def test_snip_is_a_share_of_one():
     assert all(bool(jnp.all(rank == 0)) for rank in jax.tree.leaves(still))
 
 
+def test_snip_keeps_the_order_at_the_ends_of_float32():
+    weight = jnp.array([[2.0, 1.5, 0.1, 0.5]])
+    keeps = lambda g: np.asarray(prune.masks(weight, 0.5, score=prune.snip(g)))[0].tolist()  # noqa: E731
+    ones = jnp.ones((1, 4))
+    assert keeps(ones) == keeps(ones * 1e38) == keeps(ones * 1e-37) == [True, True, False, False]
+    assert keeps(ones.at[0, 2].set(jnp.inf)) == [True, False, True, False]
+    assert keeps(ones.at[0, 2].set(-jnp.inf)) == [True, False, True, False]
+
+
 def test_activation_norms():
     rng = np.random.default_rng(0)
     weight, norms = rng.normal(size=(6, 4)), rng.uniform(size=(6, 1))

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import jopt
 from jopt import prune, quant, trees
@@ -57,6 +59,17 @@ def test_weights_are_those_of_the_paper(name, bits):
     assert not found[~mask].any() and (~mask).sum() == mask.size // 2
 
 
+def test_blocks_follow_the_inputs():
+    some, groups = prune.Unstructured(), prune.NM(2, 4)
+    assert [_sparsegpt.fitting(None, some, n) for n in (7, 256, 1024, 4096)] == [7, 16, 64, 128]
+    assert [_sparsegpt.fitting(None, groups, n) for n in (8, 256)] == [8, 128]
+    weight, x = layer(48, 8)
+    found = np.asarray(prune.sparsegpt(product, weight, [x], 0.5))
+    new, _ = reference.sparsegpt(weight, gram(x), 0.5, block=16)
+    np.testing.assert_allclose(found, new, atol=2e-6)
+    assert np.any(np.abs(found - reference.sparsegpt(weight, gram(x), 0.5)[0]) > 1e-3)
+
+
 def test_other_sparsities_dampings_and_a_rest_of_a_block():
     weight, x = layer(50, 7)
     found = prune.sparsegpt(product, weight, [x], 0.73, block_size=16, damping=0.1)
@@ -67,6 +80,34 @@ def test_other_sparsities_dampings_and_a_rest_of_a_block():
     found = prune.sparsegpt(product, weight, [x], 0.8, pattern=stronger, block_size=16)
     new, _ = reference.sparsegpt(weight, gram(x), 0.8, nm=(1, 5), block=20)
     np.testing.assert_allclose(found, new, atol=2e-6)
+
+
+@pytest.mark.parametrize("before", [0.0, 0.3, 0.5, 0.6])
+@pytest.mark.parametrize("place", ["first", "last", "among"])
+def test_zeros_beforehand_count_wherever_they_are(before, place):
+    weight, x = layer(96, 10)
+    rows = round(before * 96)
+    chosen = {"first": np.arange(rows), "last": 96 - 1 - np.arange(rows)}
+    chosen["among"] = np.random.default_rng(0).permutation(96)[:rows]
+    weight = weight.at[chosen[place]].set(0)
+    found = prune.sparsegpt(product, weight, [x], 0.5, block_size=20)
+    zeros = np.asarray(found) == 0
+    assert zeros[chosen[place]].all() and zeros.sum() == max(480, rows * 10)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 5), st.floats(0, 1), st.integers(1, 40), st.integers(0))
+def test_shares_add_up(rows, outputs, sparsity, block, seed):
+    rng = np.random.default_rng(seed)
+    zeros = rng.integers(0, outputs + 1, (2, rows)) * rng.integers(0, 2, (2, rows))
+    block = min(block, rows)
+    found = _sparsegpt.shares(zeros, outputs, sparsity, block)
+    ends = range(0, rows, block)
+    gone = np.stack([zeros[:, end : end + block].sum(1) for end in ends], 1)
+    sizes = np.array([min(block, rows - end) * outputs for end in ends])
+    goal = round(sparsity * rows * outputs)
+    np.testing.assert_array_equal(found.sum(1), np.maximum(goal, gone.sum(1)))
+    assert np.all(found >= gone) and np.all(found <= sizes)
 
 
 def network(params, x):
@@ -226,8 +267,9 @@ def test_the_inner_function_exports_and_maps(name, format):
     hessian = (x.T @ x)[None]
 
     def run(weight, hessian):
-        options = {"pattern": pattern, "sparsity": 0.5, "format": format, "block": 16}
-        return _sparsegpt.pruned(weight, hessian, jnp.arange(32), 0.01, **options).values
+        options = {"pattern": pattern, "format": format, "block": 16}
+        counts = jnp.full((1, 2), 256, jnp.uint32)
+        return _sparsegpt.pruned(weight, hessian, jnp.arange(32), 0.01, counts, **options).values
 
     values = jax.jit(jax.vmap(run))(weight[None, None], hessian[None])[0]
     np.testing.assert_allclose(values, run(weight[None], hessian), atol=1e-5)

@@ -278,3 +278,12 @@ def test_errors_of_masks_of():
         prune.masks_of(twice.init(params))
     with pytest.raises(TypeError, match="outside `jit`"):
         jax.jit(prune.masks_of)(prune.sparsify(0.5).init(params))
+
+
+@pytest.mark.parametrize("value", [float("nan"), jnp.array([0.5])], ids=["nan", "vector"])
+def test_a_schedule_gives_one_number(value):
+    params = {"w": jnp.ones((4, 4))}
+    tx = prune.sparsify(lambda step: value)
+    for update in (tx.update, jax.jit(tx.update)):
+        with pytest.raises(ValueError, match=r"`prune.sparsify\(<schedule>\)`: a schedule gives"):
+            update(params, tx.init(params), params)

@@ -7,7 +7,11 @@ import pytest
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("sklearn")
 
-from jopt import recipe, trees
+import jopt
+from jopt import nn, prune, recipe, trees
+from jopt.recipe import _pruning, _schema
+
+leaves = jax.tree.leaves
 
 RECIPE = """\
 name: sparse
@@ -82,7 +86,7 @@ def test_in_the_loss_of_a_lesson(tmp_path):
     [
         ("random", ""),
         ("movement", ", scope: layer"),
-        ("taylor", ", scope: uniform"),
+        ("taylor", ", scope: layer"),
         ("snip", ""),
         ("fisher", ", pattern: {block: [1, 4]}"),
         ("ac_dc", ", end: 0.8, scope: erk"),
@@ -111,6 +115,8 @@ def test_every_method(tmp_path, method, options):
         ("top_kast", ", backward: 0.9", r"`backward` \(0.9\) is at most `target` \(0.75\)"),
         ("magic", "", r"Input should be 'magnitude', 'random'"),
         ("magnitude", ", pattern: {channel: 0}", r"channel.*less than 0"),
+        ("wanda", ", pattern: {block: [4, 4]}", r"`wanda` takes `unstructured` and n:m patterns"),
+        ("magnitude", ", unfit: leave", r"'error' or 'skip'"),
     ],
 )
 def test_keys_belong_to_methods(tmp_path, method, options, words):
@@ -128,3 +134,75 @@ def test_what_looks_at_data_needs_a_trained_model(tmp_path):
 def test_a_default_written_out_is_no_mistake(tmp_path):
     config = load(tmp_path, ("sparse", "dense", 1, "rigl", ""))
     assert recipe.Recipe.model_validate(config.model_dump(mode="json")) == config
+
+
+HALF = """\
+  - stage: sparsify
+    name: sparse
+    epochs: %s
+    sparsity: {method: %s, pattern: {n: 2, m: 4}%s}
+"""
+
+
+def half(tmp_path, *stage):
+    path = tmp_path / "half.yaml"
+    path.write_text(RECIPE + HALF % stage)
+    return recipe.load(path)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "method"),
+    [(0, "wanda"), (0, "sparsegpt"), (1, "straight_through"), (1, "top_kast"), (1, "magnitude")],
+)
+def test_what_does_not_fit_is_said_before_anything_runs(tmp_path, epochs, method):
+    config = half(tmp_path, epochs, method, "")
+    with pytest.raises(recipe.RecipeError, match=r"stage `sparse`(.|\n)*\d inputs \(axis"):
+        recipe.run(config, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_may_stay_dense(tmp_path):
+    for stage in ((0, "wanda"), (0.3, "straight_through")):
+        config = half(tmp_path, *stage, ", unfit: skip")
+        out = tmp_path / stage[1]
+        model = recipe.run(config, out, quiet=True).models["sparse"]
+        rows = {path: np.asarray(w) for path, w in trees.items(model.params)}
+        shares = {p: np.mean(w == 0) for p, w in rows.items() if p.endswith("kernel")}
+        first = next(path for path in shares if rows[path].shape[-2] == 1)
+        assert shares.pop(first) == 0 and set(shares.values()) == {0.5}
+
+
+@pytest.mark.parametrize("method", ["straight_through", "top_kast", "taylor"])
+def test_uniform_leaves_the_ends_dense(tmp_path, method):
+    load(tmp_path, ("sparse", "dense", 0.3, method, ", scope: uniform"))
+    config = recipe.load(tmp_path / "sparse.yaml", ["stages.dense.model.widths=[4, 8]"])
+    model = recipe.run(config, tmp_path / "out", quiet=True).models["sparse"]
+    rows = [np.asarray(w) for path, w in trees.items(model.params) if path.endswith("kernel")]
+    assert [float(np.mean(w == 0)) for w in rows] == [0, 0.75, 0]
+
+
+def test_scopes_of_the_loss_know_of_stacked_layers():
+    """As `magnitude` in the same recipe: layers that one leaf stacks count one by one."""
+    module = nn.CharTransformer(vocab=65, context=16, width=32, layers=4, heads=4)
+    tokens = np.zeros((1, 16), np.int32)
+    params = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
+    drawn = [jax.random.normal(jax.random.key(i), s.shape) for i, s in enumerate(leaves(params))]
+    params = jax.tree.unflatten(jax.tree.structure(params), drawn)
+    sites = jopt.sites(lambda p, t: module.apply({"params": p}, t), params, tokens)
+    want = prune.masks(params, 0.8, scope="erk", where="**/kernel", sites=sites)
+    for method in ("straight_through", "top_kast"):
+        config = _schema.Sparsity(method=method, target=0.8, scope="erk")
+        found = jax.jit(lambda p, config=config: _pruning.forward(config, p, sites)[0])(params)
+        for (path, w), mask in zip(trees.items(found), leaves(want), strict=True):
+            if path.endswith("kernel"):
+                np.testing.assert_array_equal(w != 0, mask)
+
+
+def test_moves_of_a_short_stage(tmp_path):
+    """`every` is at most a tenth of the stage, as it is for scores."""
+    config = load(tmp_path, ("sparse", "dense", 0.5, "rigl", ", every: 1000"))
+    model = recipe.run(config, tmp_path / "out", quiet=True).models["sparse"]
+    still = load(tmp_path, ("sparse", "dense", 0.5, "rigl", ", every: 1000, drop: 0.0"))
+    other = recipe.run(still, tmp_path / "still", quiet=True).models["sparse"]
+    pairs = zip(leaves(model.masks), leaves(other.masks), strict=True)
+    assert any(bool((one != two).any()) for one, two in pairs)

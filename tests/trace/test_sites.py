@@ -257,6 +257,36 @@ def test_convolution_axes():
     found = sites(function, params, f32(1, 5, 5, 2))
     assert [(s.path, s.contracted) for s in found] == [("a", (-4, -3, -2)), ("b", (-4, -3, -2))]
     assert [s.operation for s in found] == ["conv_general_dilated"] * 2
+    assert [s.uses[0].features for s in found] == [(-2,), (-2,)]
+
+
+HWIO = ("NHWC", "HWIO", "NHWC")
+KERNELS = {  # what becomes a kernel of 8 x 8 x 4 x 6 before the product, its features
+    "as it is": ((8, 8, 4, 6), lambda w: w, HWIO, (-2,)),
+    "of torch": ((6, 4, 8, 8), lambda w: w, ("NHWC", "OIHW", "NHWC"), (-3,)),
+    "of torch, transposed": ((6, 4, 8, 8), lambda w: w.transpose(2, 3, 1, 0), HWIO, (-3,)),
+    "a window of one axis": ((64, 4, 6), lambda w: w.reshape(8, 8, 4, 6), HWIO, (-2,)),
+    "features of two axes": ((8, 8, 2, 2, 6), lambda w: w.reshape(8, 8, 4, 6), HWIO, (-3, -2)),
+    "window and features": ((256, 6), lambda w: w.reshape(8, 8, 4, 6), HWIO, None),
+    "features, and half the outputs": (
+        (8, 8, 2, 12),
+        lambda w: w.reshape(8, 8, 4, 6),
+        HWIO,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_input_features_of_a_convolution(name):
+    shape, seen, numbers, features = KERNELS[name]
+
+    def function(p, x):
+        return lax.conv_general_dilated(x, seen(p), (4, 4), "SAME", dimension_numbers=numbers)
+
+    (site,) = sites(function, f32(*shape), f32(1, 16, 16, 4))
+    assert site.uses[0].features == features
+    assert all(use.features is None for s in sites(jnp.dot, f32(4, 6), f32(6)) for use in s.uses)
 
 
 class Block(nn.Module):

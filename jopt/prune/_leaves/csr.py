@@ -173,5 +173,5 @@ def _skipping(x: jax.Array, leaf: CSR, summed: int, side: int) -> jax.Array:
 
     chunks = [a.reshape(-1, STEP, a.shape[-1]) for a in (leaf.values, leaf.inputs)]
     first, others = [a[0] for a in chunks], [a[1:] for a in chunks]
-    total = jax.lax.scan(step, part(*first), others)[0].reshape(-1, *rest)
+    total = jax.lax.scan(step, part(*first), others)[0].reshape(leaf.values.shape[-1], *rest)
     return total if side == 0 else jnp.moveaxis(total, 0, -1)
