@@ -104,7 +104,7 @@ def teacher_of(opt_state: PyTree, params: PyTree | None = None) -> PyTree:
     found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
     if not found:
         raise ValueError(
-            "`teacher_of(opt_state)` found no average in the state "
+            "`teacher_of(opt_state)` found 0 averages in the state "
             f"({type(opt_state).__name__}); `distill.mean_teacher` belongs into the chain, once."
         )
     average = functools.reduce(_merged, [node.average for node in found])
