@@ -136,7 +136,7 @@ def test_each_layer_meets_what_the_pruned_ones_before_it_give(name):
     pattern, nm = PATTERNS[name]
     params, batches = parameters(), correlated(3)
     _sparsegpt.pruned.clear_cache()
-    found = prune.sparsegpt(network, params, batches, 0.5, pattern=pattern)
+    found = prune.sparsegpt(network, params, batches, 0.5, pattern=pattern, block_size=128)
     assert _sparsegpt.pruned._cache_size() == 1  # one program for all layers
     h = np.concatenate([np.asarray(x, np.float64) for x in batches])
     for i in range(3):
@@ -198,11 +198,14 @@ def test_weights_of_inputs_that_were_always_zero_go_first():
     # An expert that got nothing is pruned by magnitude, and changed by nothing.
     experts = jnp.stack([weight, weight])
     inputs = jnp.stack([x, jnp.zeros_like(x)])
-    found = prune.sparsegpt(lambda w, x: jnp.einsum("eio,ebi->ebo", w, x), experts, [inputs], 0.5)
+    apply = lambda w, x: jnp.einsum("eio,ebi->ebo", w, x)  # noqa: E731
+    found = prune.sparsegpt(apply, experts, [inputs], 0.5, block_size=32)
     np.testing.assert_array_equal(
         found[1], prune.apply_masks(weight, prune.masks(weight, 0.5, scope="layer"))
     )
-    np.testing.assert_array_equal(found[0], prune.sparsegpt(product, weight, [x], 0.5))
+    np.testing.assert_array_equal(
+        found[0], prune.sparsegpt(product, weight, [x], 0.5, block_size=32)
+    )
 
 
 JOINT = [
