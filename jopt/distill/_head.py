@@ -57,7 +57,8 @@ def fused_kd(
     states or head are of less than float32, their gradients in float32, which they stay in until
     they are multiplied by what comes from outside, so that scaling the loss saves small ones. (On
     CPUs XLA widens float16 operands as well.) Products are accumulated in float32; logits and what
-    follows are float32.
+    follows are float32. Where student and teacher nearly agree, rounding shows at high temperatures
+    (at T = 100 and logits 0.005 apart: 3e-4 of the value, 0.6 % of the gradients); not in `kd`.
 
     Inside `jax.shard_map` it is the loss of the device's own tokens; `pmean` it.
 
