@@ -37,6 +37,29 @@ def is_typed(leaf: Any) -> bool:
     return hasattr(type(leaf), "materialise")
 
 
+def merged(one: PyTree, other: PyTree, absent: Callable[[Any], bool], clash: str) -> PyTree:
+    """Fills what is absent in one tree from the other.
+
+    Args:
+      one, other: trees of one structure but for what is absent, which may be whole subtrees.
+      absent: whether a node stands for what was left out, such as `optax.MaskedNode`.
+      clash: what to say where both have a leaf.
+
+    Raises:
+      ValueError: if both have the same leaf, or the structures differ.
+    """
+    if absent(one):
+        return other
+    if absent(other):
+        return one
+    children, treedef = jax.tree.flatten(one, is_leaf=lambda node: node is not one)
+    others, same = jax.tree.flatten(other, is_leaf=lambda node: node is not other)
+    if treedef != same or (len(children) == 1 and children[0] is one):
+        raise ValueError(clash)
+    pairs = zip(children, others, strict=True)
+    return treedef.unflatten([merged(a, b, absent, clash) for a, b in pairs])
+
+
 def items(tree: PyTree) -> list[tuple[str, Any]]:
     """Lists `(path, leaf)` in the tree's order; a typed leaf is one leaf.
 

@@ -127,3 +127,12 @@ def test_size_adds_typed_leaves_in_their_own_formats():
     assert jopt.size(tree) == trees.Size(10, 9, 2 * 8 + 32 + 64)
     assert jopt.size({}) == trees.Size(0, 0, 0)
     assert jopt.size(tree).bytes == 14
+
+
+def test_merged_fills_what_is_absent():
+    none = ()
+    absent = lambda node: node is none  # noqa: E731
+    one, other = {"a": none, "b": [1, none]}, {"a": {"c": 2}, "b": [none, 3]}
+    assert trees.merged(one, other, absent, "twice") == {"a": {"c": 2}, "b": [1, 3]}
+    with pytest.raises(ValueError, match="twice"):
+        trees.merged(one, {"a": none, "b": [1, 3]}, absent, "twice")

@@ -1,12 +1,13 @@
 """A teacher that is the student's own average, kept in the optimizer's state."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
+
+from jopt import trees
 
 PyTree = Any
 
@@ -107,7 +108,13 @@ def teacher_of(opt_state: PyTree, params: PyTree | None = None) -> PyTree:
             "`teacher_of(opt_state)` found 0 averages in the state "
             f"({type(opt_state).__name__}); `distill.mean_teacher` belongs into the chain, once."
         )
-    average = functools.reduce(_merged, [node.average for node in found])
+    clash = (
+        "`teacher_of(opt_state)` found more than one average of the same parameters; "
+        "`distill.mean_teacher` belongs into the chain, once."
+    )
+    average = found[0].average
+    for node in found[1:]:
+        average = trees.merged(average, node.average, _is_absent, clash)
     if params is None:
         if any(map(_is_absent, jax.tree.leaves(average, is_leaf=_is_absent))):
             raise ValueError(
@@ -130,22 +137,6 @@ def _widened(param: jax.typing.ArrayLike) -> jax.Array:
 
 def _is_absent(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
-
-
-def _merged(one: PyTree, other: PyTree) -> PyTree:
-    """Fills what `optax.masked` left out of one tree from the other."""
-    if _is_absent(one):
-        return other
-    if _is_absent(other):
-        return one
-    children, treedef = jax.tree.flatten(one, is_leaf=lambda node: node is not one)
-    others, same = jax.tree.flatten(other, is_leaf=lambda node: node is not other)
-    if treedef != same or (len(children) == 1 and children[0] is one):
-        raise ValueError(
-            "`teacher_of(opt_state)` found more than one average of the same parameters; "
-            "`distill.mean_teacher` belongs into the chain, once."
-        )
-    return treedef.unflatten(map(_merged, children, others))
 
 
 def _filled(average: PyTree, params: PyTree) -> PyTree:

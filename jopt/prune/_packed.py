@@ -16,6 +16,10 @@ from ._bits import pack, packed_axis, unpack
 from ._select import Selection
 
 PyTree = Any
+_CLASH = (
+    "`masks_of(opt_state)` found several masks for the same leaves: two of `prune.sparsify` and "
+    "`prune.hold` act on them. Call it on the state of one."
+)
 Words = list[jax.Array] | jax.Array  # of each chosen weight, or one array for all of them
 
 
@@ -74,7 +78,7 @@ def masks_of(opt_state: PyTree) -> PyTree:
         )
     together = found[0]
     for other in found[1:]:
-        together = _merge(together, other)
+        together = trees.merged(together, other, _is_absent, _CLASH)
     absent = _is_absent
     return jax.tree.map(lambda m: jnp.ones((), bool) if absent(m) else m, together, is_leaf=absent)
 
@@ -225,19 +229,3 @@ def _masks(packed: Packed | Pooled) -> PyTree:
 
 def _is_absent(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
-
-
-def _merge(one: PyTree, other: PyTree) -> PyTree:
-    """Fills what `optax.masked` left out of one tree from the other."""
-    if _is_absent(one):
-        return other
-    if _is_absent(other):
-        return one
-    children, treedef = jax.tree.flatten(one, is_leaf=lambda node: node is not one)
-    others, same = jax.tree.flatten(other, is_leaf=lambda node: node is not other)
-    if treedef != same or (len(children) == 1 and children[0] is one):
-        raise ValueError(
-            "`masks_of(opt_state)` found several masks for the same leaves: two of "
-            "`prune.sparsify` and `prune.hold` act on them. Call it on the state of one."
-        )
-    return treedef.unflatten(map(_merge, children, others))
