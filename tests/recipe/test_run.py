@@ -284,7 +284,8 @@ def test_pruning_twice_keeps_what_was_pruned(path, tmp_path):
 def test_an_interrupted_run_saves_where_it_is(path, tmp_path, by, code, words):
     # So long that only a checkpoint written because of the signal can be there.
     command = [*_command(path, tmp_path), "--set", "stages.teacher.epochs=3000"]
-    ended, said = _kill_during(command, _environment(path), tmp_path, 1, 4.0, by)
+    # Not before it has taken steps: until then there is nothing to save.
+    ended, said = _kill_during(command, _environment(path), tmp_path, 1, 0.5, by, "metrics.jsonl")
     assert ended == code and words in said
     kept = [p for p in (tmp_path / "stages" / "1-teacher" / "checkpoints").iterdir() if p.is_dir()]
     assert kept and json.loads((tmp_path / "run.json").read_text())["stages"] == {}
@@ -323,13 +324,16 @@ def _assert_same(whole: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def _kill_during(
-    command, environment, out: pathlib.Path, stage: int, delay: float, by=signal.SIGKILL
+    command, environment, out: pathlib.Path, stage: int, delay: float, by=signal.SIGKILL, sign=""
 ) -> tuple[int, str]:
-    """Starts a run and signals it so many seconds after it has begun with the stage."""
+    """Starts a run and signals it so many seconds after the stage's folder, or `sign` in it."""
+    # A shell takes Ctrl-C away from what it starts in the background, and a child inherits that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    while process.poll() is None and not any(out.glob(f"stages/{stage}-*")):
+    signal.signal(signal.SIGINT, before)
+    while process.poll() is None and not any(out.glob(f"stages/{stage}-*/{sign}")):
         time.sleep(0.02)
     assert process.poll() is None, f"it ended before stage {stage}, by {process.returncode}"
     time.sleep(delay)

@@ -226,7 +226,15 @@ def test_parameters_gone_bad_are_never_saved(seven, tmp_path):
     assert checkpoints.steps() == [1, 2]
 
 
-def test_an_interrupt_saves_then_rises(key, seven, tmp_path):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as Python has it, which a shell takes away from what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_saves_then_rises(key, seven, tmp_path, interruptible):
     pytest.importorskip("orbax.checkpoint")
     step, state = compiled(), begun(key)
     whole, _ = train.fit(step, state, feed(), steps=40)
