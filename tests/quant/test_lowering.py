@@ -123,13 +123,21 @@ def test_blocks_of_inputs_give_the_same_bits(format, rows):
 
 
 def test_sums_of_sixteen_codes_fit():
-    """The largest codes of all, which int16 only just holds."""
+    """The largest codes of all, which 16 bits only just hold."""
     for format, value in ((Int(4), 1.0), (UINT4, 1.0), (UINT4, -1.0)):
         leaf = quant.quantize(jnp.full((64, 640), value), Spec(format, AFFINE))
         for x in (jnp.ones((1, 64)), -jnp.ones((1, 64)), jnp.ones((1, 64)).at[0, 0].set(-1.0)):
             _, one = computed(product(False), leaf, x, "paired_vector")
             _, other = computed(product(False), leaf, x, "integers")
             np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("inputs", [16 * 13, 40, 16])
+def test_inputs_that_do_not_fall_into_parts_of_sixteens_are_left_to_others(inputs):
+    f, leaf, x = operands(Spec(Int(4), Int(8)), 1, inputs=inputs)
+    how, y = computed(f, leaf, x, "paired_vector")
+    assert "paired_vector" not in how
+    np.testing.assert_allclose(y, expected(leaf, x, False), rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_rounds_the_activation_and_nothing_else():

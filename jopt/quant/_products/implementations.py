@@ -5,7 +5,7 @@ What each computes, for activations x and weights w, codes q and their zero poin
 - `integers`: Σ (q_x - z_x)(q_w - z_w) of int8 in int32, which is exact; scales afterwards.
 - `padded`: the same, to the same bits, on two rows where there is one.
 - `blocked`: the same, to the same bits, for 1,024 inputs at a time.
-- `paired_vector`: the same, to the same bits, of one row and int4: 16 inputs at a time in int16.
+- `paired_vector`: the same, to the same bits, of one row and int4: two outputs in one int32.
 - `grouped`: the same for each group of inputs; scaled, the groups are summed in float32.
 - `bfloat16`: (q_x - z_x)(q_w - z_w) in bfloat16, which holds both exactly, and so are the products;
   summed in float32, exact up to 2^24. For activations of the format `BFloat16`, x itself for q_x.
@@ -41,8 +41,10 @@ IntegerProduct = Callable[[jax.Array, jax.Array, int], jax.Array]
 WIDTHS = {"tiled_narrow": 64, "tiled": 128, "tiled_wide": 256}
 # Inputs that `blocked` sums at a time: above so many XLA:CPU's kernel runs out of its caches.
 BLOCK = 1024
-# As many products of int8 and of four bits as a sum in int16 can take: 16 · 128 · 15 < 2^15.
+# As many products of int8 and of four bits as a sum in 16 bits can take: 16 · 128 · 15 < 2^15.
 SIXTEEN = 16
+# Parts of the inputs that `paired_vector` takes one after the other.
+PARTS = 8
 
 
 def possible(o: Operands) -> tuple[str, ...]:
@@ -62,7 +64,7 @@ def possible(o: Operands) -> tuple[str, ...]:
         names += ["tiled_half"] * (outputs > 2 * max(WIDTHS.values()))
     if _splits(o):
         names += [f"paired_{name}" for name in names]
-        if "paired_padded" in names and not o.turned and inputs % SIXTEEN == 0:
+        if "paired_padded" in names and not o.turned and _parts(inputs) > 1:
             names.append("paired_vector")
     return tuple(names)
 
@@ -113,9 +115,10 @@ def paired_half(o: Operands) -> jax.Array:
 def paired_vector(o: Operands) -> jax.Array:
     """One row times codes of four bits, in a loop that XLA:CPU makes of products and sums.
 
-    The codes are never stored as wider ones; sums of sixteen products fit int16.
+    The codes are never stored as wider ones, and are read once: an even column is the low half of
+    an int32 and the odd one beside it the high half, as sums of sixteen products fit 16 bits.
     """
-    return integers(o, _by_sixteens)
+    return integers(o, _in_halves)
 
 
 def grouped(o: Operands, narrow: Any = jnp.int8) -> jax.Array:
@@ -180,6 +183,14 @@ NAMES = (*IMPLEMENTATIONS, "float8", "pallas")
 # Helpers, in order of use.
 
 
+def _parts(inputs: int) -> int:
+    """Into how many parts of whole sixteens the inputs fall, at most `PARTS`; 0: into none."""
+    sixteens, rest = divmod(inputs, SIXTEEN)
+    if rest or not sixteens:
+        return 0
+    return max(count for count in range(1, PARTS + 1) if sixteens % count == 0)
+
+
 def _splits(o: Operands) -> bool:
     """Whether `_halves` can take the weight apart."""
     if o.leaf.codes.dtype not in (jnp.int4, jnp.uint4) or o.leaf.codes.shape[-1] % 2:
@@ -222,20 +233,32 @@ def _in_blocks(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
     return total + part(count * BLOCK, rest) if rest else total
 
 
-def _by_sixteens(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
+def _in_halves(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
     del axis  # the weight is not turned
-    pairs, four = _pairs(w)
-    row = x[0][:, None].astype(jnp.int16)
+    pairs, _ = _pairs(w)
+    count = _parts(w.shape[0])
+    size = w.shape[0] // count
 
-    def columns(shift: jax.Array) -> jax.Array:
-        codes = jnp.right_shift(jnp.left_shift(pairs, shift), four).astype(jnp.int16)
-        parts = jnp.sum((row * codes).reshape(-1, SIXTEEN, codes.shape[1]), 1, jnp.int16)
-        return jnp.sum(parts, 0, jnp.int32)
+    def part(i: Any, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        row = jax.lax.dynamic_slice_in_dim(x[0], i * size, size)[:, None].astype(jnp.int32)
+        wide = jax.lax.dynamic_slice_in_dim(pairs, i * size, size, 0).astype(jnp.int32)
+        if pairs.dtype == jnp.int8:  # the shifts copy the sign
+            even = jnp.right_shift(jnp.left_shift(wide, 28), 28)
+        else:
+            even = wide & 15
+        both = even + jnp.left_shift(jnp.right_shift(wide, 4), 16)
+        sums = jnp.sum((row * both).reshape(-1, SIXTEEN, both.shape[1]), 1, jnp.int32)
+        low = jnp.right_shift(jnp.left_shift(sums, 16), 16)
+        high = jnp.right_shift(sums - low, 16)
+        even, odd = totals
+        return even + jnp.sum(low, 0, jnp.int32), odd + jnp.sum(high, 0, jnp.int32)
 
-    # A loop of two turns, for even and odd columns: a body does not take in what comes before it,
-    # such as the rounding of the row, which XLA would else do again for each output.
-    total = jax.lax.map(columns, jnp.stack([four, jnp.zeros_like(four)]))
-    return total.T.reshape(1, -1)
+    # A loop, as its body does not take in what comes before it, such as the rounding of the row,
+    # which XLA would else do again for each output. Its zeros are made of the operands, for what
+    # `shard_map` wants to know of them.
+    zeros = jnp.zeros_like(pairs[0], jnp.int32) + jnp.zeros_like(x[0, :1], jnp.int32)
+    even, odd = jax.lax.fori_loop(0, count, part, (zeros, zeros))
+    return jnp.stack([even, odd], axis=-1).reshape(1, -1)
 
 
 def _doubled(x: jax.Array) -> jax.Array:

@@ -118,8 +118,9 @@ def _plan(leaf: QArray, x: jax.Array, operation: Dot | Conv, plain: str) -> Plan
         return Plan((plain,) * len(PLATFORMS), ("",) * len(PLATFORMS))
     assert isinstance(operation, Dot)
     arrays, structure = jax.tree.flatten((x, leaf))
-    avals = tuple((array.shape, array.dtype) for array in arrays)
-    fixed = all(isinstance(size, int) for shape, _ in avals for size in shape)
+    # Types, with what they say of devices.
+    avals = tuple(jax.typeof(array) for array in arrays)
+    fixed = all(isinstance(size, int) for aval in avals for size in aval.shape)
     found = (_serving if fixed else _serving.__wrapped__)(structure, avals, operation)
     names = (plain, "dense", *found)
     return plan(Case(_kind(leaf, operation.contract), *shape), names, plain)
@@ -127,7 +128,7 @@ def _plan(leaf: QArray, x: jax.Array, operation: Dot | Conv, plain: str) -> Plan
 
 @functools.lru_cache(4096)  # most products of a model are alike
 def _serving(structure: Any, avals: Sequence[Any], operation: Dot) -> tuple[str, ...]:
-    """The implementations that can serve operands of these shapes and dtypes."""
+    """The implementations that can serve operands of these types."""
     names: list[str] = []
 
     def matrices(x: jax.Array, leaf: QArray) -> Any:
@@ -136,8 +137,7 @@ def _serving(structure: Any, avals: Sequence[Any], operation: Dot) -> tuple[str,
         if flat is not None:
             names.extend((*possible(flat), *(["pallas"] * kernels.serves(flat))))
 
-    structs = [jax.ShapeDtypeStruct(*aval) for aval in avals]
-    jax.eval_shape(matrices, *jax.tree.unflatten(structure, structs))
+    jax.eval_shape(matrices, *jax.tree.unflatten(structure, avals))
     return tuple(names)
 
 
