@@ -28,6 +28,9 @@ class Spec:
 
     Under `vmap` of a lifted function each mapped example has a range of its own.
 
+    A NaN in an activation makes results NaN; but static integers look at no value, and it has the
+    code 0 there.
+
     The last three are for `qat` alone. Formats stay formats everywhere else, so what a step method
     learns is stored as any other scale or range.
 
