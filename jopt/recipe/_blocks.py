@@ -203,6 +203,25 @@ class Optimizer(Block):
         return self
 
 
+class Regularizer(Block):
+    """A penalty on weights that lands on zeros: a proximal step after each of the optimizer's."""
+
+    kind: Literal["l1", "group_lasso", "nuclear_norm"] = Field(
+        default="l1", description="zeros one by one; whole channels of zeros; a lower rank"
+    )
+    strength: Positive = Field(description="of the penalty, beside the loss")
+    where: Where = "**/kernel"
+    axis: int = Field(default=-1, description="group_lasso: of the channels; -1 are the outputs")
+    every: Count = Field(default=1, description="nuclear_norm: steps between two decompositions")
+
+    @pydantic.model_validator(mode="after")
+    def _keys_of_the_kind(self) -> Self:
+        for key, kind, default in (("axis", "group_lasso", -1), ("every", "nuclear_norm", 1)):
+            if getattr(self, key) != default and self.kind != kind:
+                raise ValueError(f"`{key}` is for kind `{kind}`, not `{self.kind}`")
+        return self
+
+
 class Augment(Block):
     """Random changes of the training images, drawn anew at every step."""
 

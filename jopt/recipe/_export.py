@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jopt import artifact
+import jopt
+from jopt import artifact, prune
 from jopt.recipe import _schema as schema
 from jopt.recipe._folder import Folder
 from jopt.recipe._model import Model, inference
@@ -25,11 +26,19 @@ def export(
     path = folder.root / "artifact"
     apply = inference(model.module)
     metrics = task.evaluate(apply, model.variables)
+    example = jax.ShapeDtypeStruct((1, *task.inputs.shape), task.inputs.dtype)
+    variables, notes = model.variables, []
+    if stage.pack is not None:
+        sites = jopt.sites(apply, variables, example)
+        variables, rows = prune.pack(variables, stage.pack, sites=sites, unfit="skip")
+        notes = [
+            f"`{path}` is not packed: {row.reason}" for path, row in rows.items() if row.reason
+        ]
     manifest = artifact.save(
         path,
         apply,
-        model.variables,
-        jax.ShapeDtypeStruct((1, *task.inputs.shape), task.inputs.dtype),
+        variables,
+        example,
         platforms=stage.platforms,
         metrics=metrics,
         recipe=recipe.model_dump(mode="json"),
@@ -40,7 +49,7 @@ def export(
         difference = _difference(path, model, task)
     return {
         **metrics,
-        "notes": [],
+        "notes": notes,
         "bytes": manifest["sizes"]["weights_bytes"],
         "module_bytes": manifest["sizes"]["model_bytes"],
         "largest_difference": difference,

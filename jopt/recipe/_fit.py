@@ -63,6 +63,7 @@ def fit(
     )
     state = state if lesson is None else lesson.finish(state)
     model = dataclasses.replace(model, params=state.params, collections=state.collections)
+    model = pruning.settled(config.regularize, model)
     return pruning.finished(config.sparsity, model, state.opt_state, sites)
 
 
@@ -81,9 +82,13 @@ def check_lesson(config: schema.Fit, model: Model, teachers: Sequence[Model], ta
 def chain(
     config: schema.Fit, model: Model, task: Task, *, epoch: float, steps: int, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """Optimizer, then what keeps ranges still and pruned weights zero, in that order; pruning."""
+    """Optimizer, penalties, what keeps ranges still and pruned weights zero, in order; pruning."""
     links: list[optax.GradientTransformation] = [
-        tables.optimizer(config.optimizer, epoch=epoch, steps=steps)
+        tables.optimizer(config.optimizer, epoch=epoch, steps=steps),
+        *(
+            tables.regularizer(penalty, config.optimizer, epoch=epoch, steps=steps)
+            for penalty in config.regularize
+        ),
     ]
     frozen = jax.tree.map(lambda leaf: not leaf, quant.trainable(model.params))
     if any(jax.tree.leaves(frozen)):

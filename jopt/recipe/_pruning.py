@@ -98,6 +98,25 @@ def finished(
     return dataclasses.replace(model, masks=_both(prune.masks_of(own), model.masks))
 
 
+def settled(penalties: Sequence[schema.Regularizer], model: Model) -> Model:
+    """The trained model with masks for the zeros that penalties have landed on."""
+    for penalty in penalties:
+        if penalty.kind == "nuclear_norm":
+            continue
+        where = tables.listed(penalty.where)
+        chosen = jopt.trees.select(model.params, where, caller="regularize")
+        masks = [
+            jopt.trees.weight_of(leaf) != 0 if mine else jnp.ones((), bool)
+            for (_, leaf), mine in zip(
+                jopt.trees.items(model.params), jax.tree.leaves(chosen), strict=True
+            )
+        ]
+        treedef = jax.tree.structure(model.params, is_leaf=jopt.trees.is_typed)
+        masks = _both(treedef.unflatten(masks), model.masks)
+        model = dataclasses.replace(model, masks=masks)
+    return model
+
+
 def largest(config: schema.Sparsity, params: PyTree, sites: Sequence[Site]) -> PyTree:
     """The masks of the largest weights as they are."""
     return prune.masks(params, config.final, sites=sites, **_options(config))

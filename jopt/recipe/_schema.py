@@ -28,6 +28,7 @@ from jopt.recipe._blocks import Multistep as Multistep
 from jopt.recipe._blocks import Natural as Natural
 from jopt.recipe._blocks import Optimizer as Optimizer
 from jopt.recipe._blocks import Probability as Probability
+from jopt.recipe._blocks import Regularizer as Regularizer
 from jopt.recipe._blocks import Rule as Rule
 from jopt.recipe._blocks import SimpleCNN as SimpleCNN
 from jopt.recipe._blocks import Text as Text
@@ -65,14 +66,19 @@ class Fit(Stage):
     optimizer: Optimizer = Optimizer()
     augment: Augment = Augment()
     smoothing: Probability = Field(default=0.0, description="of the labels, in the cross-entropy")
+    regularize: tuple[Regularizer, ...] = Field(
+        default=(), description="penalties that end on zeros, which later stages keep"
+    )
     sparsity: Sparsity | None = None
     distill: Distillation | None = None
 
     @pydantic.model_validator(mode="after")
     def _does_what_it_says(self) -> Self:
         trains = self.sparsity is not None and self.sparsity.method not in CALIBRATED
-        if self.epochs == 0 and (trains or self.distill is not None):
-            raise ValueError("with `epochs: 0` nothing trains, so it can neither prune nor distill")
+        if self.epochs == 0 and (trains or self.regularize or self.distill is not None):
+            raise ValueError(
+                "with `epochs: 0` nothing trains, so it can neither prune, regularize nor distill"
+            )
         if getattr(self, "model", None) is not None and self.start is not None:
             raise ValueError("`model` begins from random weights, `start` does not: leave one out")
         unfit = getattr(self, "model", None) is not None or isinstance(self, Quantize)
@@ -146,6 +152,10 @@ class Export(Stage):
         "cpu",
         "cuda",
         "tpu",
+    )
+    pack: Literal["smallest", "nm24", "bits", "csr"] | None = Field(
+        default=None,
+        description="keep pruned weights without their zeros in memory, too; csr may be faster",
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import optax
 
-from jopt import data, nn, quant, schedules, trees
+from jopt import data, nn, optim, quant, schedules, trees
 from jopt.recipe import _schema as schema
 from jopt.recipe._task import Task
 
@@ -121,6 +121,23 @@ def optimizer(
     if decay and config.kind in ("sgd", "adam", "adagrad"):
         links.append(optax.add_decayed_weights(decay, mask=_matrices))
     return optax.chain(*links, rule)
+
+
+def regularizer(
+    config: schema.Regularizer, rule: schema.Optimizer, *, epoch: float, steps: int
+) -> optax.GradientTransformation:
+    """The proximal step behind the optimizer `rule`, whose learning rate scales it."""
+    rate = learning_rate(rule.learning_rate, epoch=epoch, steps=steps)
+    where = listed(config.where)
+    match config.kind:
+        case "l1":
+            return optim.proximal_l1(config.strength, rate, where=where)
+        case "group_lasso":
+            axis = config.axis
+            return optim.proximal_group_lasso(config.strength, rate, axis=axis, where=where)
+        case "nuclear_norm":
+            every = config.every
+            return optim.proximal_nuclear_norm(config.strength, rate, every=every, where=where)
 
 
 def policy(rules: tuple[schema.Rule, ...]) -> list[tuple[Any, quant.Spec | None]]:

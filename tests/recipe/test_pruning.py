@@ -1,7 +1,10 @@
 """What recipes prune by: the keys of each method, and stages that do what they say."""
 
+import json
+
 import jax
 import numpy as np
+import optax
 import pytest
 
 pytest.importorskip("orbax.checkpoint")
@@ -9,7 +12,7 @@ pytest.importorskip("sklearn")
 
 import jopt
 from jopt import nn, prune, recipe, trees
-from jopt.recipe import _pruning, _schema
+from jopt.recipe import _pruning, _schema, _tables
 
 leaves = jax.tree.leaves
 
@@ -206,3 +209,93 @@ def test_moves_of_a_short_stage(tmp_path):
     other = recipe.run(still, tmp_path / "still", quiet=True).models["sparse"]
     pairs = zip(leaves(model.masks), leaves(other.masks), strict=True)
     assert any(bool((one != two).any()) for one, two in pairs)
+
+
+PENALTY = """\
+  - stage: train
+    name: %s
+    start: %s
+    epochs: %s
+    optimizer: {kind: sgd, learning_rate: 0.05}
+    regularize: [%s]
+"""
+
+
+def test_penalties_land_on_zeros_that_stay(tmp_path):
+    path = tmp_path / "penalized.yaml"
+    int8 = "  - {stage: quantize, start: tuned, epochs: 0.2, policy: [{weight: {bits: 8}}],\n"
+    int8 += "     regularize: [{strength: 0.01}]}\n"
+    path.write_text(
+        RECIPE
+        + PENALTY % ("ones", "dense", 1, "{strength: 0.02}")
+        + PENALTY % ("channels", "dense", 1, "{kind: group_lasso, strength: 0.15, axis: -2}")
+        + PENALTY % ("tuned", "ones", 0.2, "{kind: nuclear_norm, strength: 1e-4, every: 5}")
+        + int8
+        + "  - {stage: export, start: tuned, pack: bits}\n"
+    )
+    config = recipe.load(path)
+    assert recipe.Recipe.model_validate(config.model_dump(mode="json")) == config
+    result = recipe.run(config, tmp_path / "out", quiet=True)
+    models = result.models
+    assert share(models["dense"]) == 0 < share(models["ones"]) <= share(models["tuned"])
+    before, after = (dict(trees.items(models[name].params)) for name in ("ones", "tuned"))
+    for name, weight in before.items():
+        if name.endswith("kernel"):
+            assert not np.asarray(after[name])[np.asarray(weight) == 0].any()
+            small = np.asarray(dict(trees.items(models["quantize"].params))[name].materialise())
+            assert not small[np.asarray(weight) == 0].any()
+    kernels = [w for n, w in trees.items(models["channels"].params) if n.endswith("kernel")]
+    gone = [
+        np.asarray((w == 0).all(axis=tuple(i for i in range(w.ndim) if i != w.ndim - 2)))
+        for w in kernels
+    ]
+    assert any(each.any() and not each.all() for each in gone)
+    loaded = jopt.artifact.load(tmp_path / "out" / "artifact")
+    text = str(loaded)
+    assert "BitSparse" in text
+
+
+def test_penalties_in_the_chain_are_those_of_optim():
+    """One step of the recipe's chain, against soft thresholding in float64."""
+    rule = _schema.Optimizer(kind="sgd", learning_rate=0.5)
+    penalty = _schema.Regularizer(strength=0.25, where="kernel")
+    w, g = np.array([[1.0, -0.1, 0.05]], np.float32), np.array([[0.5, 0.5, -0.5]], np.float32)
+    tx = optax.chain(
+        _tables.optimizer(rule, epoch=1, steps=1),
+        _tables.regularizer(penalty, rule, epoch=1, steps=1),
+    )
+    params = {"kernel": w, "bias": w}
+    updates, _ = tx.update({"kernel": g, "bias": g}, tx.init(params), params)
+    found = optax.apply_updates(params, updates)
+    z = w.astype(np.float64) - 0.5 * g
+    np.testing.assert_allclose(found["bias"], z, rtol=1e-6)
+    np.testing.assert_allclose(
+        found["kernel"], np.sign(z) * np.maximum(abs(z) - 0.125, 0), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ("{strength: 0.1, axis: -2}", "`axis` is for kind `group_lasso`, not `l1`"),
+        ("{kind: group_lasso, strength: 0.1, every: 2}", "`every` is for kind `nuclear_norm`"),
+        ("{strength: 0}", "greater than 0"),
+        ("{strength: 0.1, where: '**/nothing'}", "nothing"),
+    ],
+)
+def test_penalties_that_make_no_sense(tmp_path, block, words):
+    path = tmp_path / "penalized.yaml"
+    path.write_text(RECIPE + PENALTY % ("more", "dense", 1, block))
+    with pytest.raises(recipe.RecipeError, match=words):
+        recipe.run(recipe.load(path), tmp_path / "out", quiet=True)
+    path.write_text(RECIPE + PENALTY % ("more", "dense", 0, "{strength: 0.1}"))
+    with pytest.raises(recipe.RecipeError, match="neither prune, regularize nor distill"):
+        recipe.load(path)
+
+
+def test_what_does_not_pack_is_noted(tmp_path):
+    path = tmp_path / "packed.yaml"
+    path.write_text(RECIPE + "  - {stage: export, pack: nm24}\n")
+    recipe.run(recipe.load(path), tmp_path / "out", quiet=True)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())["stages"]["export"]
+    assert any("kernel` is not packed: " in note for note in record["notes"])
