@@ -60,7 +60,12 @@ def test_good_recipe_with_defaults(write):
         ),
         ("target: 0.5", "target: .nan", 9, ["stages.1.sparsity.target"]),
         ("name: small", "seed: .inf\nname: small", 1, ["seed"]),
-        ("stage: sparsify", "stage: sparsify\n    epochs: 0", 8, ["can neither prune nor distill"]),
+        (
+            "stage: sparsify",
+            "stage: sparsify\n    epochs: 0",
+            8,
+            ["can neither prune, regularize nor"],
+        ),
         ("    name: teacher\n", "    name: teacher\n    start: x\n", 4, ["leave one out"]),
         ("name: teacher", "name: sparsify", 1, ["two stages are called `sparsify`"]),
         ("model: {kind: convnet, widths: [4]}", "epochs: 1", 1, ["comes first", "`model`"]),
