@@ -132,6 +132,38 @@ def test_sums_of_sixteen_codes_fit():
             np.testing.assert_array_equal(one, other)
 
 
+STRIPES = [  # weight, turned, inputs, dtype
+    (Int(8), False, 1100, jnp.float32),
+    (UINT4, True, 1100, jnp.float32),
+    (Int(8, symmetric=False), False, 1024, jnp.float16),
+    (Int(4, granularity="group", group_size=64), False, 1152, jnp.float32),
+    (Int(4, granularity="group", group_size=64), True, 1152, jnp.float16),
+    (quant.NF4(32), False, 1056, jnp.float32),
+    (quant.MX("mxfp8"), True, 1056, jnp.float32),
+]
+
+
+@pytest.mark.parametrize("case", STRIPES, ids=lambda case: str(STRIPES.index(case)))
+def test_stripes_of_inputs(case):
+    weight, turned, inputs, dtype = case
+    f, rng = product(turned), np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(72, inputs) if turned else (inputs, 72)), dtype)
+    x = jnp.asarray(rng.normal(size=(3, inputs)), dtype)
+    leaf = quant.quantize(w, Spec(weight), sites=sites(f, w, x))
+    wanted = expected(leaf, x.astype(jnp.float32), turned)
+    how, y = computed(f, leaf, x, "striped")
+    assert "`striped` on cpu/cuda/rocm/tpu (as asked for)" in how
+    limit = 1e-5 if dtype == jnp.float32 else 2e-3
+    close = {"rtol": limit, "atol": limit * np.abs(wanted).max()}
+    np.testing.assert_allclose(np.asarray(y, np.float64), wanted, **close)
+
+
+def test_stripes_end_with_groups():
+    """512 inputs are no whole number of groups of 96, and the stripes are left to others."""
+    f, leaf, x = operands(Spec(Int(8, granularity="group", group_size=96)), 3, inputs=1152)
+    assert "striped" not in computed(f, leaf, x, "striped")[0]
+
+
 @pytest.mark.parametrize("inputs", [16 * 13, 40, 16])
 def test_inputs_that_do_not_fall_into_parts_of_sixteens_are_left_to_others(inputs):
     f, leaf, x = operands(Spec(Int(4), Int(8)), 1, inputs=inputs)

@@ -14,6 +14,8 @@ What each computes, for activations x and weights w, codes q and their zero poin
 - `padded_dense`, `tiled_narrow`, `tiled`, `tiled_wide`, `tiled_half`: the same numbers, summed in
   another order perhaps, on two rows where there is one; for 64, 128 or 256 outputs or half of all
   at a time, so that no dense weight exists.
+- `striped`: the weight of 512 inputs at a time; in float32 a scale for each output, which rounds
+  otherwise in the last place, multiplies the sum.
 - `paired_...`: the one named, on an int4 weight as two of int8, its even and its odd columns.
 - `pallas`: a kernel that dequantizes block by block, see `kernels.py`.
 
@@ -26,6 +28,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jopt.trace.layered import coarse_map, full_along
 
@@ -39,6 +42,8 @@ IntegerProduct = Callable[[jax.Array, jax.Array, int], jax.Array]
 
 # Outputs for which `tiled` and its like dequantize a weight at a time.
 WIDTHS = {"tiled_narrow": 64, "tiled": 128, "tiled_wide": 256}
+# Inputs for which `striped` makes a weight dense at a time.
+STRIPE = 512
 # Inputs that `blocked` sums at a time: above so many XLA:CPU's kernel runs out of its caches.
 BLOCK = 1024
 # As many products of int8 and of four bits as a sum in 16 bits can take: 16 · 128 · 15 < 2^15.
@@ -62,8 +67,10 @@ def possible(o: Operands) -> tuple[str, ...]:
         names += ["dense"] + ["padded_dense"] * (o.x.shape[0] == 1)
         names += [name for name, width in WIDTHS.items() if outputs > width]
         names += ["tiled_half"] * (outputs > 2 * max(WIDTHS.values()))
+        whole_groups = groups == 1 or (groups > 0 and STRIPE * groups % inputs == 0)
+        names += ["striped"] * (inputs > STRIPE and whole_groups)
     if _splits(o):
-        names += [f"paired_{name}" for name in names]
+        names += [f"paired_{name}" for name in names if name != "striped"]
         if "paired_padded" in names and not o.turned and _parts(inputs) > 1:
             names.append("paired_vector")
     return tuple(names)
@@ -149,6 +156,40 @@ def tiled(o: Operands, width: int | None = None) -> jax.Array:
     return padded(o, functools.partial(_tiled, width=width))
 
 
+def striped(o: Operands) -> jax.Array:
+    """Sums over some inputs after others, so that no dense weight exists."""
+    axis = 1 if o.turned else 0
+    inputs = o.x.shape[1]
+    codes, coarse = o.leaf.split()
+    exact = o.x.dtype == o.leaf.value_dtype == jnp.float32 and not o.leaf.via
+    late = exact and isinstance(o.leaf.format, Int) and group_count(o) == 1
+    dtype = np.promote_types(o.dtype, np.float32)
+
+    def part(start: Any, size: int) -> jax.Array:
+        def cut(array: jax.Array) -> jax.Array:
+            count = array.shape[axis]
+            if count == 1:
+                return array
+            each = inputs // count
+            return jax.lax.dynamic_slice_in_dim(array, start // each, size // each, axis)
+
+        x = jax.lax.dynamic_slice_in_dim(o.x, start, size, 1)
+        leaf: Any = o.leaf.joined(cut(codes), coarse_map(cut, coarse))
+        if not late:
+            return dense(o._replace(x=x, leaf=leaf, dtype=dtype))
+        w = leaf.codes.astype(dtype)
+        if leaf.zero_point is not None:
+            w = w - per_output(leaf.zero_point, o).astype(dtype)
+        return jax.lax.dot_general(x, w, (((1,), (axis,)), ((), ())), precision=o.precision)
+
+    count, rest = divmod(inputs, STRIPE)
+    total = part(0, STRIPE)
+    total = jax.lax.fori_loop(1, count, lambda i, total: total + part(i * STRIPE, STRIPE), total)
+    if rest:
+        total = total + part(count * STRIPE, rest)
+    return total * as_row(o.leaf.scale, o) if late else total
+
+
 def paired(o: Operands, inner: Implementation) -> jax.Array:
     """An int4 weight as two of int8, unpacked by shifts: XLA:CPU takes int4 apart one by one."""
     even, odd = _halves(o)
@@ -173,6 +214,7 @@ _SINGLE: dict[str, Implementation] = {
 }
 IMPLEMENTATIONS: dict[str, Implementation] = {
     **_SINGLE,
+    "striped": striped,
     **{f"paired_{name}": functools.partial(paired, inner=f) for name, f in _SINGLE.items()},
     "paired_tiled_half": paired_half,
     "paired_vector": paired_vector,
