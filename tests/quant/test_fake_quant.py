@@ -75,6 +75,12 @@ def test_affine_keeps_nan_and_clips_infinity():
     np.testing.assert_array_equal(y, [np.nan, 1.5, -2.0])
 
 
+def test_affine_steps_may_be_as_large_as_floats():
+    x = jnp.array([-3e38, 1e38, 1.4e38, 3e38])
+    y = fake_quant_affine(x, jnp.float32(2.0**127), jnp.int32(0), -1, 1)
+    np.testing.assert_array_equal(y, np.array([-1, 1, 1, 1], np.float32) * np.float32(2.0**127))
+
+
 def test_affine_arguments_are_checked():
     x = jnp.ones((2, 3))
     with pytest.raises(ValueError, match="qmin must be below qmax"):

@@ -25,6 +25,7 @@ from .base import (
     joined,
     mirrored,
     one_of,
+    over,
     rows_of,
 )
 from .fits import kmeans, normal_levels, root_mean_square
@@ -68,7 +69,7 @@ class TableFormat(Format):
     def encode(self, x: jax.Array, grid: Grid, *, key: jax.Array | None = None) -> jax.Array:
         """The codes of the nearest values, the lower of two as near; `key` rounds at random."""
         check_key(self, key)
-        place, levels = _unscaled(x, grid), self.levels(grid)
+        place, levels = _unscaled(x, grid.scale), self.levels(grid)
         if key is None:
             return below(place, _middles(levels))
         code = jnp.clip(below(place, levels, closed=True) - 1, 0, size(levels) - 2)
@@ -78,7 +79,7 @@ class TableFormat(Format):
 
     def inside(self, x: jax.Array, grid: Grid) -> jax.Array:
         """Where `x` is beyond the table's ends by half a step at most."""
-        place, levels = _unscaled(x, grid), self.levels(grid)
+        place, levels = _unscaled(x, grid.scale), self.levels(grid)
         first, second, last, end = (_column(levels, j, x.shape) for j in (0, 1, -2, -1))
         low, high = first - (second - first) * 0.5, end + (end - last) * 0.5
         return (place >= low) & (place <= high)
@@ -230,7 +231,7 @@ class Codebook(TableFormat):
         if self.values is not None:
             return self.grid(*self.extent(x, axes))
         scale = _scale(*self.extent(x, axes))
-        rows = rows_of(self, x, axes) * _inverse(scale.reshape(-1, 1))
+        rows = _unscaled(rows_of(self, x, axes), scale.reshape(-1, 1))
         if self.method == "lloyd_max":
             return Grid(scale * root_mean_square(rows).reshape(scale.shape), None)
         centers = kmeans(rows, self.k, zero=self.zero, iterations=self.iterations)
@@ -310,13 +311,9 @@ def below(x: jax.Array, bounds: Levels, *, closed: bool = False) -> jax.Array:
 # Helpers, in order of use.
 
 
-def _unscaled(x: jax.Array, grid: Grid) -> jax.Array:
-    return x.astype(jnp.float32) * spread(_inverse(grid.scale), x.shape)
-
-
-def _inverse(scale: jax.Array) -> jax.Array:
-    """The reciprocal; of zero, zero."""
-    return jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
+def _unscaled(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x / scale`; zero where the scale is."""
+    return over(x, jnp.where(scale == 0, jnp.inf, scale))
 
 
 def _scale(low: jax.Array, high: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jopt.trace.layered import coarse_map, full_along
 
-from .._formats.base import Format, Grid
+from .._formats.base import Format, Grid, reciprocals
 from .._formats.bits import Bits
 from .._formats.layout import shared_axes
 
@@ -184,7 +184,8 @@ def fake_quant_affine(
         )
     fixed = jax.lax.stop_gradient(x).astype(jnp.float32)
     scale, zero = scale.astype(jnp.float32), zero_point.astype(jnp.float32)
-    place = jnp.round(fixed * (1.0 / scale)) + zero
+    power, rest = reciprocals(scale)
+    place = jnp.round(fixed * power * rest) + zero
     codes = jnp.clip(place, qmin, qmax).astype(jnp.int32)
     values = (codes.astype(jnp.float32) - zero) * scale
     values = jnp.where(jnp.isnan(fixed), jnp.nan, values).astype(x.dtype)
