@@ -52,6 +52,23 @@ def inputs_of_layers(params, batches):
     return layers
 
 
+@pytest.mark.parametrize("exponent", [-66, 66, -120, 120])
+@pytest.mark.parametrize("format", [Int(4), Int(4, symmetric=False)], ids=str)
+def test_least_errors_do_not_hang_on_the_unit(format, exponent):
+    unit = np.float32(2.0**exponent)
+    x = jax.random.normal(jax.random.key(0), (64, 16))
+    weight = jax.random.normal(jax.random.key(1), (16, 4))
+    spec = Spec(Int(8), format, static=True)
+    found = []
+    for one in (np.float32(1), unit):
+        with_range, _ = calibrate(lambda p, x: x @ p, weight, [x * one], spec, observer="mse")
+        clipped, _ = calibrate(lambda p, x: x @ p, weight * one, [x], format, weight_observer="mse")
+        found.append((*with_range.range, clipped.scale))
+    for plain, scaled in zip(*found, strict=True):
+        np.testing.assert_allclose(scaled, plain * unit, rtol=1e-6)
+    assert np.any(found[0][2] < format.fit(weight, (-2,)).scale)  # it does clip
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_of_a_scan_are_observed_as_if_apart(name):
     params, batches = stacked_case()

@@ -14,7 +14,7 @@ import jopt
 from jopt import quant, trees
 from jopt.quant import Int, Spec
 from jopt.quant._policy import resolve
-from jopt.quant._rounding.methods import GPTQ, HQQ, AdaRound, rounded
+from jopt.quant._rounding.methods import AWQ, GPTQ, HQQ, AdaRound, rounded
 
 RNG = np.random.default_rng(0)
 
@@ -61,6 +61,20 @@ def test_gptq_of_a_network_is_gptq_of_each_layer_on_what_the_rounded_ones_give(f
         weight = np.asarray(format.decode(layer.codes, layer.grid), np.float64)
         np.testing.assert_allclose(found["layers"].materialise()[i], weight, 1e-5)
         hs = [np.tanh(h @ weight) for h in hs]
+
+
+@pytest.mark.parametrize("method", [GPTQ(), AdaRound(steps=300), AWQ(), HQQ()], ids=str)
+def test_methods_do_not_hang_on_the_unit(method):
+    params, x, codes = {"w": PARAMS["layers"][0]}, BATCHES[0], []
+    for of_weights, of_inputs in [(0, 0), (-66, 0), (66, 0), (0, 63), (0, -55)]:
+        scaled = {"w": params["w"] * np.float32(2.0**of_weights)}
+        batches = [x * np.float32(2.0**of_inputs)]
+        found, missed = by(method, lambda p, x: x @ p["w"], scaled, batches, Int(3))
+        assert not missed
+        codes.append(found["w"].codes)
+    assert not np.array_equal(codes[0], quant.quantize(params, Int(3))["w"].codes)
+    for other in codes[1:]:
+        np.testing.assert_array_equal(other, codes[0])
 
 
 @pytest.mark.parametrize("method", [GPTQ(), GPTQ(order=True), AdaRound(steps=300)])
