@@ -242,6 +242,19 @@ def test_weights_on_clipped_grids_err_least(format):
     np.testing.assert_allclose(error(clipped["w"].materialise()), best, rtol=1e-4)
 
 
+def test_a_range_of_nothing_but_zeros_is_reported():
+    params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 2))}
+
+    def apply(p, x):
+        return jax.nn.relu(x @ p["w"] - 9.0) @ p["v"]  # whose input is dead
+
+    _, report = calibrate(apply, params, [jnp.ones((2, 4))], STATIC)
+    reasons = {row.path: row.undone for row in report}
+    assert reasons["w"] == "" and "all that met this weight was zero" in reasons["v"]
+    _, report = calibrate(apply, params, [jnp.zeros((2, 4))], STATIC)
+    assert all("was zero" in row.undone and row.undone == row.reason for row in report)
+
+
 def test_what_observers_refuse():
     params, batches = stacked_case()
     with pytest.raises(ValueError, match=r'(?s)observer="median".*"minmax", "moving_average"'):
