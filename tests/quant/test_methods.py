@@ -77,6 +77,26 @@ def test_methods_do_not_hang_on_the_unit(method):
         np.testing.assert_array_equal(other, codes[0])
 
 
+@pytest.mark.parametrize("method", [GPTQ(), AdaRound(steps=5), AWQ()], ids=str)
+def test_batches_that_tell_nothing_are_not_passed_over(method):
+    policy, params = [("*", Int(3))], {"w": PARAMS["layers"][0], "v": PARAMS["last"]}
+    x = BATCHES[0]
+
+    def apply(p, x):
+        return jax.nn.relu(x @ p["w"] - 99.0) @ p["v"]  # whose input is dead
+
+    with pytest.raises(ValueError, match=r"the activation that meets `w` is empty in every batch"):
+        quant.calibrate(apply, params, [x[:0]] * 2, policy, method=method)
+    cases = [([x], "v"), ([x * 1e-20], "wv")]
+    for batches, silent in cases:
+        found, report = quant.calibrate(apply, params, batches, policy, method=method)
+        for row in report:
+            why = "rounded to nearest: what meets it was zero in every batch"
+            assert (why in row.undone) == (row.path in silent)
+        nearest = quant.quantize(params, policy)["v"]
+        np.testing.assert_array_equal(found["v"].codes, nearest.codes)
+
+
 @pytest.mark.parametrize("method", [GPTQ(), GPTQ(order=True), AdaRound(steps=300)])
 def test_methods_beat_rounding_to_nearest_on_the_outputs(method):
     format = Int(3)

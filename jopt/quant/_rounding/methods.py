@@ -33,6 +33,9 @@ from .layerwise import Rounded
 
 PyTree = Any
 
+_EMPTY = "what meets it was empty in every batch"
+_VANISHED = "what meets it was zero in every batch, or its squares are no normal floats"
+
 
 class Method(abc.ABC):
     """How `calibrate` rounds the weights of a function: subclasses are frozen dataclasses.
@@ -204,9 +207,12 @@ def rounded(
     leaves = dict(trees.items(params))
     axes = {p: axes_of(p, leaves[p], spec, sites, caller) for p, spec in specs.items()}
     parts: dict[str, dict[tuple[int, ...], QArray]] = {path: {} for path in specs}
+    unseen: dict[str, str] = {}
 
     def visit(stop: Stop) -> jax.Array:
         spec = specs[stop.path]
+        if why := _unseen(stop):
+            unseen[stop.path] = why
         found = method.matrix(stop.matrices(), stop.stats, spec.weight)
         leaf = QArray(
             codes=stop.restored(found.codes),
@@ -226,6 +232,10 @@ def rounded(
         missed = _each(specs, leaves, sites, visit)
     else:
         _, missed = staged(apply, params, batches, specs, measure, visit, caller=caller)
+    if unseen and set(unseen.values()) == {_EMPTY} and len(unseen) + len(missed) == len(specs):
+        raise ValueError(
+            f"`{caller}(...)`: the activation that meets `{next(iter(unseen))}` is empty in every batch."
+        )
 
     def replace(path: str, leaf: Any) -> Any:
         if path not in specs:
@@ -234,7 +244,7 @@ def rounded(
             return coded(leaf, specs[path], axes[path])
         return stacked(parts[path])
 
-    return trees.map_with_path(replace, params), missed
+    return trees.map_with_path(replace, params), unseen | missed
 
 
 def folded_awq(
@@ -293,6 +303,14 @@ def folded_awq(
 
 def _gram_and_moments(activation: Activation) -> dict[str, Any]:
     return {**moments(activation), **gram(activation)}
+
+
+def _unseen(stop: Stop) -> str:
+    """Why nothing can be learned from what meets a weight; empty if something can."""
+    stats = stop.stats if isinstance(stop.stats, dict) else {}
+    if "count" in stats and not bool(jnp.any(stats["count"])):
+        return _EMPTY
+    return _VANISHED if "gram" in stats and not bool(jnp.any(stats["gram"])) else ""
 
 
 def _each(
