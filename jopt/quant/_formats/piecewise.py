@@ -26,6 +26,7 @@ from .base import (
     scale_of,
 )
 from .exact import exact_sum
+from .placed import whole
 from .tables import ascending, below, lookup
 
 _PARTS = 64  # breaks are whole 64ths of the largest magnitude
@@ -155,10 +156,10 @@ class Piecewise(Format):
 
     def fit(self, x: jax.Array, axes: Sequence[int]) -> Grid:
         """Scale and break for the values of `x` along `axes`."""
-        low, high = self.extent(x, axes)
         if self.values is not None:
-            return self.grid(low, high)
-        scale = scale_of(high, 1.0)
+            return self.grid(*self.extent(x, axes))
+        x = whole(x)
+        scale = scale_of(self.extent(x, axes)[1], 1.0)
         rows = jnp.abs(over(rows_of(self, x, axes), scale.reshape(-1, 1)))
         rows = jnp.nan_to_num(rows)
         best = _best_break(rows, self.steps)

@@ -5,7 +5,8 @@ A value is `table[code] * scale`. Tables ascend, and so does the value with the 
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -29,6 +30,7 @@ from .base import (
     rows_of,
 )
 from .fits import kmeans, normal_levels, root_mean_square
+from .placed import placed_like, whole
 
 # A table is a tuple of numbers, or an array with the entries last: [*shape of scale, entries].
 Levels = tuple[float, ...] | jax.Array
@@ -230,6 +232,7 @@ class Codebook(TableFormat):
         """Scale and, from k-means, a table for the values of `x` along `axes`."""
         if self.values is not None:
             return self.grid(*self.extent(x, axes))
+        x = whole(x)
         scale = _scale(*self.extent(x, axes))
         rows = _unscaled(rows_of(self, x, axes), scale.reshape(-1, 1))
         if self.method == "lloyd_max":
@@ -278,6 +281,28 @@ def size(levels: Levels) -> int:
 
 def lookup(codes: jax.Array, levels: Levels) -> jax.Array:
     """The table's entry of each code, as float32."""
+    return _undivided(_lookup, codes, levels)
+
+
+def below(x: jax.Array, bounds: Levels, *, closed: bool = False) -> jax.Array:
+    """How many of ascending `bounds` lie below each value (or at it, if `closed`), as int32."""
+    return _undivided(functools.partial(_below, closed=closed), x, bounds)
+
+
+# Helpers, in order of use.
+
+
+def _undivided(
+    function: Callable[[jax.Array, Levels], jax.Array], x: jax.Array, levels: Levels
+) -> jax.Array:
+    """`function(x, levels)`; on explicit axes with `x` whole, unless the numbers are constants."""
+    if isinstance(levels, tuple) and len(levels) <= _FEW:
+        return function(x, levels)
+    levels = levels if isinstance(levels, tuple) else whole(levels)
+    return placed_like(function(whole(x), levels), x)
+
+
+def _lookup(codes: jax.Array, levels: Levels) -> jax.Array:
     codes, count = codes.astype(jnp.int32), size(levels)
     if count > _FEW:
         flat, first = _flat(levels, codes.shape)
@@ -292,8 +317,7 @@ def lookup(codes: jax.Array, levels: Levels) -> jax.Array:
     return jnp.broadcast_to(columns[0], codes.shape).astype(jnp.float32)
 
 
-def below(x: jax.Array, bounds: Levels, *, closed: bool = False) -> jax.Array:
-    """How many of ascending `bounds` lie below each value (or at it, if `closed`), as int32."""
+def _below(x: jax.Array, bounds: Levels, closed: bool) -> jax.Array:
     count = size(bounds)
     if count < _FEW:
         columns = [_column(bounds, j, x.shape) for j in range(count)]
@@ -306,9 +330,6 @@ def below(x: jax.Array, bounds: Levels, *, closed: bool = False) -> jax.Array:
         hit = (x >= bound) if closed else (x > bound)
         found = jnp.where(hit & (found + step <= count), found + step, found)
     return found
-
-
-# Helpers, in order of use.
 
 
 def _unscaled(x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ from jopt.trace.layered import coarse_map
 from jopt.trace.stops import stacked
 
 from .._formats.base import Format
+from .._formats.placed import placed_like, whole
 from .._leaves.weights import QArray
 from .._policy import Spec, axes_of
 from .._quantize import coded
@@ -213,9 +214,10 @@ def rounded(
         spec = specs[stop.path]
         if why := _unseen(stop):
             unseen[stop.path] = why
+        given, stop = stop.weight, _undivided(stop)
         found = method.matrix(stop.matrices(), stop.stats, spec.weight)
         leaf = QArray(
-            codes=stop.restored(found.codes),
+            codes=placed_like(stop.restored(found.codes), given),
             **coarse_map(stop.coarse, found.grid)._asdict(),
             range=None,
             format=spec.weight,
@@ -234,7 +236,8 @@ def rounded(
         _, missed = staged(apply, params, batches, specs, measure, visit, caller=caller)
     if unseen and set(unseen.values()) == {_EMPTY} and len(unseen) + len(missed) == len(specs):
         raise ValueError(
-            f"`{caller}(...)`: the activation that meets `{next(iter(unseen))}` is empty in every batch."
+            f"`{caller}(...)`: the activation that meets `{next(iter(unseen))}` is empty in every "
+            "batch."
         )
 
     def replace(path: str, leaf: Any) -> Any:
@@ -280,9 +283,12 @@ def folded_awq(
         if stop.stats["gram"].shape[0] != 1:
             return
         parts = [
-            dataclasses.replace(stop, target=target, weight=leaves[path][stop.index]).matrices()
+            _undivided(
+                dataclasses.replace(stop, target=target, weight=leaves[path][stop.index])
+            ).matrices()
             for path, target in groups[stop.path][1]
         ]
+        stop = _undivided(stop)
         magnitude = stop.stats["absolute"] / jnp.maximum(stop.stats["count"], 1.0)
         scales[stop.path][stop.index] = awq_scales(
             jnp.concatenate(parts, axis=-1)[0],
@@ -303,6 +309,12 @@ def folded_awq(
 
 def _gram_and_moments(activation: Activation) -> dict[str, Any]:
     return {**moments(activation), **gram(activation)}
+
+
+def _undivided(stop: Stop) -> Stop:
+    """The weight and what was measured, put together where explicit axes of a mesh share them."""
+    stats = jax.tree.map(whole, stop.stats)
+    return dataclasses.replace(stop, weight=whole(jnp.asarray(stop.weight)), stats=stats)
 
 
 def _unseen(stop: Stop) -> str:

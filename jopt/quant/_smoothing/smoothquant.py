@@ -11,6 +11,7 @@ from jopt.trace import Site, collect, explain, merge, moments, watched
 from jopt.trace import sites as sites_of
 from jopt.trace.program import program
 
+from .._formats.placed import whole
 from .._leaves.scaled import along, scaled
 from .absorb import Edit, absorbed, stacked
 from .dataflow import dataflow
@@ -185,6 +186,7 @@ def folded(params: PyTree, fold: Fold, scales: jax.Array) -> PyTree:
     Where nothing can be divided, the weights become `Scaled` leaves.
     """
     edits = {edit.path: edit for edit in (*fold.weights, *fold.into)}
+    scales = whole(scales)  # they lie along other axes of other weights
 
     def change(path: str, leaf: Any) -> Any:
         if path not in edits:
