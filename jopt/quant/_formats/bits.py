@@ -48,13 +48,15 @@ class Bits(NamedTuple):
 
 
 def bits_for(bits: jax.Array, format: Int, ndim: int) -> Bits:
-    """The grid's ends for a number of bits, rounded to a whole one from 2 to 16."""
-    number = jnp.clip(jnp.round(jnp.asarray(bits, jnp.float32)), 2, MOST).astype(jnp.int32)
+    """The grid's ends for a number of bits, rounded to a whole one from 2 to 16; NaN of NaN."""
+    bits = jnp.asarray(bits, jnp.float32)
+    number = jnp.clip(jnp.round(bits), 2, MOST).astype(jnp.int32)
     tops = [2 ** (b - 1) - 1 for b in range(2, MOST + 1)]
     steps = [top if format.symmetric else 2 * top + 1 for top in tops]
     # The reciprocals as Int takes them: rounded once, from the exact ones.
     high = jnp.asarray(np.array(tops, np.float32))[number - 2]
     inverse = jnp.asarray(np.array([1.0 / n for n in steps], np.float32))[number - 2]
+    inverse = jnp.where(jnp.isnan(bits), jnp.nan, inverse)  # so that the trouble shows
     low = -high if format.symmetric else -high - 1
     return Bits(*(array.reshape((1,) * ndim) for array in (low, high, inverse)))
 
