@@ -74,9 +74,9 @@ def fold_batch_norm(
     if not report:
         raise ValueError(
             "`fold_batch_norm(apply, params, ...)` found no product that a norm with running "
-            "statistics follows.\nA norm after an activation, before a product, or of a result that is "
-            "read elsewhere as well cannot be folded.\nIf there is another, call the model at "
-            "inference (`train=False`, `use_running_average=True`), with the statistics among "
+            "statistics follows.\nA norm after an activation, before a product, or of a result "
+            "that is read elsewhere as well cannot be folded.\nIf there is another, call the model "
+            "at inference (`train=False`, `use_running_average=True`), with the statistics among "
             "`params`."
         )
     return trees.map_with_path(lambda path, leaf: arrays.get(path, leaf), params), tuple(report)
