@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from jopt import trees
 from jopt.trace import Activation, Measure, Site, Stop, Target, gram, moments, staged, target_of
@@ -21,7 +22,6 @@ from jopt.trace.layered import coarse_map
 from jopt.trace.stops import stacked
 
 from .._formats.base import Format
-from .._formats.placed import placed_like, whole
 from .._leaves.weights import QArray
 from .._policy import Spec, axes_of
 from .._quantize import coded
@@ -216,8 +216,9 @@ def rounded(
             unseen[stop.path] = why
         given, stop = stop.weight, _undivided(stop)
         found = method.matrix(stop.matrices(), stop.stats, spec.weight)
+        codes = stop.restored(found.codes)
         leaf = QArray(
-            codes=placed_like(stop.restored(found.codes), given),
+            codes=jax.device_put(codes, given.sharding) if _explicit(given) else codes,
             **coarse_map(stop.coarse, found.grid)._asdict(),
             range=None,
             format=spec.weight,
@@ -312,9 +313,17 @@ def _gram_and_moments(activation: Activation) -> dict[str, Any]:
 
 
 def _undivided(stop: Stop) -> Stop:
-    """The weight and what was measured, put together where explicit axes of a mesh share them."""
-    stats = jax.tree.map(whole, stop.stats)
-    return dataclasses.replace(stop, weight=whole(jnp.asarray(stop.weight)), stats=stats)
+    """The weight and what was measured, as arrays without the mesh where its axes are explicit."""
+
+    def gathered(x: jax.Array) -> jax.Array:
+        return jnp.asarray(np.asarray(x)) if _explicit(x) else x
+
+    weight, stats = jax.tree.map(gathered, (stop.weight, stop.stats))
+    return dataclasses.replace(stop, weight=weight, stats=stats)
+
+
+def _explicit(x: jax.Array) -> bool:
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def _unseen(stop: Stop) -> str:
