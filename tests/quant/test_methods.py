@@ -97,7 +97,7 @@ def test_batches_that_tell_nothing_are_not_passed_over(method):
         np.testing.assert_array_equal(found["v"].codes, nearest.codes)
 
 
-@pytest.mark.parametrize("method", [GPTQ(), GPTQ(order=True), AdaRound(steps=300)])
+@pytest.mark.parametrize("method", [GPTQ(), GPTQ(order=True), AdaRound(steps=600)])
 def test_methods_beat_rounding_to_nearest_on_the_outputs(method):
     format = Int(3)
     nearest = quant.quantize(PARAMS, format)
