@@ -49,7 +49,7 @@ def fold_batch_norm(
       `(params, report)`: the parameters, and a `Folded` for each weight that a chain follows.
 
     Raises:
-      ValueError: if no product is followed by a norm.
+      ValueError: if no product is followed by a norm, directly and by nothing else.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -74,8 +74,10 @@ def fold_batch_norm(
     if not report:
         raise ValueError(
             "`fold_batch_norm(apply, params, ...)` found no product that a norm with running "
-            "statistics follows.\nCall the model at inference (`train=False`, "
-            "`use_running_average=True`), with the statistics among `params`."
+            "statistics follows.\nA norm after an activation, before a product, or of a result "
+            "that is read elsewhere as well cannot be folded.\nIf there is another, call the model "
+            "at inference (`train=False`, `use_running_average=True`), with the statistics among "
+            "`params`."
         )
     return trees.map_with_path(lambda path, leaf: arrays.get(path, leaf), params), tuple(report)
 

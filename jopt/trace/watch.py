@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .layered import Layered
 from .rules import rule
@@ -98,7 +99,12 @@ def watched(
 def gram(activation: Activation) -> dict[str, Stat]:
     """`gram`: Σ x xᵀ, float32 `[blocks, inputs, inputs]`; `count`: how many x, `[]`."""
     rows = activation.rows()
-    product = jnp.einsum("bni,bnj->bij", rows, rows, precision=jax.lax.Precision.HIGHEST)
+    sharding = jax.typeof(rows).sharding
+    out = None
+    if any(name is not None for name in sharding.spec):  # examples on explicit axes of a mesh
+        out = NamedSharding(sharding.mesh, PartitionSpec(None, None, None))
+    highest = jax.lax.Precision.HIGHEST
+    product = jnp.einsum("bni,bnj->bij", rows, rows, precision=highest, out_sharding=out)
     return {"gram": Stat(product, "sum"), "count": _count(rows)}
 
 

@@ -186,5 +186,15 @@ def test_what_cannot_be_folded_says_why():
 
     _, (row,) = nn.fold_batch_norm(lambda p, x: scanned(dict(p), x), shared, x)
     assert row.reason == "the layers of a scan share the norm, or the weight"
-    with pytest.raises(ValueError, match="found no product that a norm"):
-        nn.fold_batch_norm(lambda p, x: x @ p["w"], params, x)
+
+    def normed(p, y):
+        return (y - p["mean"][None]) / jnp.sqrt(p["var"] + 1e-3)[None] * p["scale"][None]
+
+    for apply in (
+        lambda p, x: x @ p["w"],
+        lambda p, x: normed(p, jax.nn.relu(x @ p["w"])),
+        lambda p, x: normed(p, x) @ p["w"],
+        lambda p, x: normed(p, y := x @ p["w"]) + y,
+    ):
+        with pytest.raises(ValueError, match=r"(?s)found no product that a norm.*read elsewhere"):
+            nn.fold_batch_norm(apply, params, x)

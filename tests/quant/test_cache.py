@@ -436,3 +436,24 @@ def test_a_donating_step_gives_back_a_cache():
         kv_cache((1, 8, 2, 4)), jnp.ones((1, 1, 2, 4)), jnp.int32(3)
     )
     assert isinstance(found, Cache) and jnp.all(found.materialise()[:, 3] == 1)
+
+
+def test_a_query_that_sees_nothing_gets_zeros():
+    mask = jnp.arange(L)[None, :] < jnp.array([[L], [0], [5]])  # of the second query nothing
+
+    def loss(q):
+        out = attend(q, full(), full(values=V), mask=mask[None, None])
+        return jnp.sum(out * out), out
+
+    gradient, out = jax.jit(jax.grad(loss, has_aux=True))(Q)
+    live = np.array([0, 2])
+    expected = attention(Q[:, live], rows(K), rows(V), np.asarray(mask)[live])
+    assert_close(out[:, live], expected)
+    assert not np.any(out[:, 1]) and np.all(np.isfinite(gradient)) and not np.any(gradient[:, 1])
+
+
+def test_positions_beyond_the_ends_are_those_of_dynamic_update_slice():
+    late = full().update(2 * K[:, :3], L - 1)
+    assert_close(late.materialise()[:, -3:], rows(2 * K[:, :3]))
+    early = full().update(2 * K[:, :3], -3)
+    np.testing.assert_array_equal(early.materialise(), late.materialise())

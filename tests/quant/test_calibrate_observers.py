@@ -52,6 +52,23 @@ def inputs_of_layers(params, batches):
     return layers
 
 
+@pytest.mark.parametrize("exponent", [-66, 66, -120, 120])
+@pytest.mark.parametrize("format", [Int(4), Int(4, symmetric=False)], ids=str)
+def test_least_errors_do_not_hang_on_the_unit(format, exponent):
+    unit = np.float32(2.0**exponent)
+    x = jax.random.normal(jax.random.key(0), (64, 16))
+    weight = jax.random.normal(jax.random.key(1), (16, 4))
+    spec = Spec(Int(8), format, static=True)
+    found = []
+    for one in (np.float32(1), unit):
+        with_range, _ = calibrate(lambda p, x: x @ p, weight, [x * one], spec, observer="mse")
+        clipped, _ = calibrate(lambda p, x: x @ p, weight * one, [x], format, weight_observer="mse")
+        found.append((*with_range.range, clipped.scale))
+    for plain, scaled in zip(*found, strict=True):
+        np.testing.assert_allclose(scaled, plain * unit, rtol=1e-6)
+    assert np.any(found[0][2] < format.fit(weight, (-2,)).scale)  # it does clip
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_of_a_scan_are_observed_as_if_apart(name):
     params, batches = stacked_case()
@@ -223,6 +240,19 @@ def test_weights_on_clipped_grids_err_least(format):
         steps = np.clip(np.rint(parts / scale[:, None]) + zero, *ends) - zero
         best = np.minimum(best, np.square(steps * scale[:, None] - parts).sum(1))
     np.testing.assert_allclose(error(clipped["w"].materialise()), best, rtol=1e-4)
+
+
+def test_a_range_of_nothing_but_zeros_is_reported():
+    params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 2))}
+
+    def apply(p, x):
+        return jax.nn.relu(x @ p["w"] - 9.0) @ p["v"]  # whose input is dead
+
+    _, report = calibrate(apply, params, [jnp.ones((2, 4))], STATIC)
+    reasons = {row.path: row.undone for row in report}
+    assert reasons["w"] == "" and "all that met this weight was zero" in reasons["v"]
+    _, report = calibrate(apply, params, [jnp.zeros((2, 4))], STATIC)
+    assert all("was zero" in row.undone and row.undone == row.reason for row in report)
 
 
 def test_what_observers_refuse():

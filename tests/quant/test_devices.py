@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jopt.quant import Int, Spec, quantize
+from jopt.quant import MX, NF4, Codebook, Int, Piecewise, Spec, calibrate, qat, quantize
 from jopt.trace import lift
 
 W8A8 = Spec(Int(8), Int(8))
@@ -60,6 +61,58 @@ def test_shardings_in_types():
             )
         assert many.sharding.spec == PartitionSpec("data", "model")
         np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "format, spec",
+    [
+        (NF4(4), ("data", None)),
+        (MX("mxint8"), ("data", None)),
+        (Int(4, granularity="group", group_size=16), ("data", None)),
+        (Codebook(4), (None, "data")),
+        (Codebook(20), ("data", None)),
+        (Piecewise(4, granularity="group", group_size=16), (None, "data")),
+    ],
+    ids=["nf4", "mx", "groups", "kmeans", "many", "pieces"],
+)
+def test_formats_that_reshape_or_gather_run_on_explicit_axes(format, spec):
+    mesh = jax.make_mesh((8,), ("data",))
+    w = jax.random.normal(jax.random.key(0), (32, 8))
+    placed = jax.device_put(w, NamedSharding(mesh, PartitionSpec(*spec)))
+    store = jax.jit(lambda w: quantize({"w": w}, format)["w"])
+    one, many = store(w), store(placed)
+    assert many.codes.sharding.spec == PartitionSpec(*spec)
+    np.testing.assert_array_equal(many.codes.astype(np.float32), one.codes.astype(np.float32))
+    trained = jax.jit(lambda w: qat({"w": w}, format)["w"].materialise())(placed)
+    np.testing.assert_array_equal(trained, one.materialise())
+    np.testing.assert_array_equal(jax.jit(lambda w: w.materialise())(many), one.materialise())
+
+
+@pytest.mark.parametrize("method", ["gptq", "smoothquant"])
+@pytest.mark.parametrize(
+    "of_weights, of_inputs", [(("data", None), (None, None)), ((None, None), ("data", None))]
+)
+def test_methods_run_on_explicit_axes(method, of_weights, of_inputs):
+    mesh = jax.make_mesh((8,), ("data",))
+
+    def put(array, spec):
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def apply(p, x):
+        return jax.nn.relu(x @ p["a"]) @ p["b"]
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "a": jax.random.normal(keys[0], (16, 8)),
+        "b": jax.random.normal(keys[1], (8, 4)),
+    }
+    x = jax.random.normal(keys[2], (16, 16))
+    policy = [("b", Int(4))]
+    one, _ = calibrate(apply, params, [x], policy, method=method)
+    spread = {name: put(weight, of_weights) for name, weight in params.items()}
+    many, _ = calibrate(apply, spread, [put(x, of_inputs)], policy, method=method)
+    assert many["b"].codes.sharding.spec == PartitionSpec(*of_weights)
+    np.testing.assert_array_equal(many["b"].codes, one["b"].codes)
 
 
 def test_shard_map():

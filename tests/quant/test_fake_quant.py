@@ -75,6 +75,12 @@ def test_affine_keeps_nan_and_clips_infinity():
     np.testing.assert_array_equal(y, [np.nan, 1.5, -2.0])
 
 
+def test_affine_steps_may_be_as_large_as_floats():
+    x = jnp.array([-3e38, 1e38, 1.4e38, 3e38])
+    y = fake_quant_affine(x, jnp.float32(2.0**127), jnp.int32(0), -1, 1)
+    np.testing.assert_array_equal(y, np.array([-1, 1, 1, 1], np.float32) * np.float32(2.0**127))
+
+
 def test_affine_arguments_are_checked():
     x = jnp.ones((2, 3))
     with pytest.raises(ValueError, match="qmin must be below qmax"):
@@ -146,6 +152,14 @@ def test_arguments_are_checked():
         fake_quant(jnp.arange(3), Int(8))
     with pytest.raises(ValueError, match="got a scalar"):
         fake_quant(jnp.float32(1), Int(8))
+    with pytest.raises(TypeError, match=r"needs an array, got list; pass `jnp.asarray\(x\)`"):
+        fake_quant([1.0, 2.0], Int(8))
+    ends = jnp.array([[1.0, 1.0]]), jnp.array([[2.0, 0.5]])
+    for reversed_range in [(1.0, -1.0), (jnp.float32(1), jnp.float32(-1)), ends]:
+        with pytest.raises(ValueError, match="the lowest value is above the highest"):
+            fake_quant(jnp.ones((2, 2)), Int(8), range=reversed_range)
+        with pytest.raises(ValueError, match="the lowest value is above the highest"):
+            jax.jit(lambda x, r=reversed_range: fake_quant(x, Int(8), range=r))(jnp.ones((2, 2)))
     with pytest.raises(ValueError, match="rounds at random: pass `key=`"):
         fake_quant(jnp.ones((2, 2)), Int(8, rounding="stochastic"))
     with pytest.raises(ValueError, match=r"group_size=3 does not divide the 4 inputs"):

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jopt
-from jopt.quant import MX, Codebook, Piecewise, PowerOfTwo, fake_quant, qat, quantize
+from jopt.quant import (
+    MX,
+    Codebook,
+    Int,
+    Piecewise,
+    PowerOfTwo,
+    fake_quant,
+    qat,
+    quantize,
+    with_bits,
+)
 
 everywhere = pytest.mark.parametrize("format", FORMATS, ids=str)
 W = np.random.default_rng(0).normal(size=(3, 64, 6)).astype(np.float32)
@@ -94,6 +104,32 @@ def test_rounding_ascends_and_scales(format, seed, exponent):
         np.testing.assert_array_equal(scaled, y * factor)
         # Never worse than rounding all to zero, by which every error is compared.
         assert np.sum((y - x).astype(np.float64) ** 2) <= np.sum(x.astype(np.float64) ** 2)
+
+
+@everywhere
+def test_weights_near_the_largest_float_keep_their_codes(format):
+    x = W[0]
+    factor = np.float32(2.0 ** np.floor(np.log2(2.5e38 / np.abs(x).max())))
+    y = np.asarray(faked(jnp.asarray(x * factor), format))
+    if given_pieces(format):
+        np.testing.assert_array_equal(y, np.sign(x))
+    else:
+        np.testing.assert_array_equal(y, np.asarray(faked(jnp.asarray(x), format)) * factor)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("number", [2, 3, 4, 8])
+def test_few_bits_near_the_largest_float_are_stored_as_trained(number, symmetric):
+    format = Int(number, symmetric=symmetric)
+    x = jnp.asarray([[2.5e38, -1e38], [1.3e38, 3e37], [-2e38, 1e38]])
+    small = np.asarray(faked(x * np.float32(2.0**-60), format))
+    y = faked(x, format)
+    np.testing.assert_array_equal(y, small * np.float32(2.0**60))
+    params = qat({"w": x}, format)
+    constant = jax.jit(lambda: fake_quant(x, format))()
+    other = with_bits(params, number)["w"].materialise()
+    for values in (stored(x, format).materialise(), params["w"].materialise(), other, constant):
+        assert bits(values) == bits(y)
 
 
 @pytest.mark.parametrize("format", STEADY, ids=str)

@@ -14,7 +14,7 @@ import jopt
 from jopt import quant, trees
 from jopt.quant import Int, Spec
 from jopt.quant._policy import resolve
-from jopt.quant._rounding.methods import GPTQ, HQQ, AdaRound, rounded
+from jopt.quant._rounding.methods import AWQ, GPTQ, HQQ, AdaRound, rounded
 
 RNG = np.random.default_rng(0)
 
@@ -63,7 +63,41 @@ def test_gptq_of_a_network_is_gptq_of_each_layer_on_what_the_rounded_ones_give(f
         hs = [np.tanh(h @ weight) for h in hs]
 
 
-@pytest.mark.parametrize("method", [GPTQ(), GPTQ(order=True), AdaRound(steps=300)])
+@pytest.mark.parametrize("method", [GPTQ(), AdaRound(steps=300), AWQ(), HQQ()], ids=str)
+def test_methods_do_not_hang_on_the_unit(method):
+    params, x, codes = {"w": PARAMS["layers"][0]}, BATCHES[0], []
+    for of_weights, of_inputs in [(0, 0), (-66, 0), (66, 0), (0, 63), (0, -55)]:
+        scaled = {"w": params["w"] * np.float32(2.0**of_weights)}
+        batches = [x * np.float32(2.0**of_inputs)]
+        found, missed = by(method, lambda p, x: x @ p["w"], scaled, batches, Int(3))
+        assert not missed
+        codes.append(found["w"].codes)
+    assert not np.array_equal(codes[0], quant.quantize(params, Int(3))["w"].codes)
+    for other in codes[1:]:
+        np.testing.assert_array_equal(other, codes[0])
+
+
+@pytest.mark.parametrize("method", [GPTQ(), AdaRound(steps=5), AWQ()], ids=str)
+def test_batches_that_tell_nothing_are_not_passed_over(method):
+    policy, params = [("*", Int(3))], {"w": PARAMS["layers"][0], "v": PARAMS["last"]}
+    x = BATCHES[0]
+
+    def apply(p, x):
+        return jax.nn.relu(x @ p["w"] - 99.0) @ p["v"]  # whose input is dead
+
+    with pytest.raises(ValueError, match=r"the activation that meets `w` is empty in every batch"):
+        quant.calibrate(apply, params, [x[:0]] * 2, policy, method=method)
+    cases = [([x], "v"), ([x * 1e-20], "wv")]
+    for batches, silent in cases:
+        found, report = quant.calibrate(apply, params, batches, policy, method=method)
+        for row in report:
+            why = "rounded to nearest: what meets it was zero in every batch"
+            assert (why in row.undone) == (row.path in silent)
+        nearest = quant.quantize(params, policy)["v"]
+        np.testing.assert_array_equal(found["v"].codes, nearest.codes)
+
+
+@pytest.mark.parametrize("method", [GPTQ(), GPTQ(order=True), AdaRound(steps=600)])
 def test_methods_beat_rounding_to_nearest_on_the_outputs(method):
     format = Int(3)
     nearest = quant.quantize(PARAMS, format)

@@ -155,6 +155,13 @@ def test_the_formats_own_bits_are_the_format(format):
     np.testing.assert_array_equal(at(jnp.float32(40)), at(jnp.float32(16)))
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_bits_that_are_no_number_give_none(symmetric):
+    params = qat({"w": jnp.array([[0.3], [1.0]])}, Int(2, symmetric=symmetric))
+    values = jax.jit(lambda b: with_bits(params, b)["w"].materialise())(jnp.nan)
+    assert np.all(np.isnan(values))
+
+
 def test_bits_with_learned_steps_and_keys():
     for spec in (
         Spec(Int(3), weight_step=LSQ()),

@@ -236,6 +236,71 @@ def test_layers_that_share_a_norm_cannot_fold_it():
     np.testing.assert_allclose(jopt.lift(apply)(leaves, x), apply(params, x), atol=1e-5)
 
 
+def image_layers(layout, groups=1, **options):
+    """A convolution that nothing can be folded into before, and the product that reads it."""
+    channels = layout[0].index("C")
+
+    def apply(p, x):
+        options_of = {"dimension_numbers": layout, "feature_group_count": groups, **options}
+        y = jax.lax.conv_general_dilated(x, p["first"], (1, 1), "SAME", **options_of)
+        y = jnp.moveaxis(y, channels, -1) + p["bias"]
+        return jax.nn.relu(y).mean((1, 2)) @ p["second"]
+
+    return apply
+
+
+CHAINS = {
+    "perceptron": (
+        lambda p, x: jax.nn.relu(x @ p["first"] + p["bias"]) @ p["second"],
+        (6, 8),
+        (5, 6),
+    ),
+    "experts": (
+        lambda p, x: jnp.einsum(
+            "nef,fo->no", jax.nn.relu(jnp.einsum("nd,edf->nef", x, p["first"])), p["second"]
+        ),
+        (3, 6, 8),
+        (5, 6),
+    ),
+    "channels last": (
+        image_layers(("NHWC", "HWIO", "NHWC"), rhs_dilation=(2, 2)),
+        (3, 3, 2, 8),
+        (2, 6, 6, 2),
+    ),
+    "channels first": (image_layers(("NCHW", "OIHW", "NCHW")), (8, 3, 3, 3), (2, 3, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_leaf_takes_what_the_product_after_it_folds(name):
+    apply, first, inputs = CHAINS[name]
+    params = {"first": normal(0, *first), "bias": normal(1, 8), "second": normal(2, 8, 4)}
+    x = normal(3, *inputs)
+    smoothed, rows = smooth(apply, params, [x], leaves=True)
+    assert isinstance(smoothed["first"], Scaled)
+    assert rows[0].paths == ("first",) and rows[0].into == () and rows[0].scales is not None
+    assert rows[1].paths == ("second",) and "first" in rows[1].into
+    outputs = -4 if name == "channels first" else -1
+    expected = params["first"] / along(rows[1].scales, first, (outputs,))
+    np.testing.assert_allclose(smoothed["first"].materialise(), expected, rtol=1e-4)
+    after = jopt.lift(apply)(smoothed, x)
+    np.testing.assert_allclose(after, apply(params, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [2, 8])
+def test_a_kernel_of_grouped_features_is_left_with_a_reason(groups):
+    apply = image_layers(("NHWC", "HWIO", "NHWC"), groups)
+    params = {"first": normal(0, 3, 3, 8 // groups, 8), "bias": normal(1, 8)}
+    params["second"] = normal(2, 8, 4)
+    x = normal(3, 2, 6, 6, 8)
+    smoothed, rows = smooth(apply, params, [x], leaves=True)
+    assert smoothed["first"] is params["first"] and isinstance(smoothed["second"], Scaled)
+    assert rows[0].scales is None and rows[1].scales is not None
+    assert "in groups" in rows[0].reason and "no leaf would do" in rows[0].reason
+    after = jopt.lift(apply)(smoothed, x)
+    np.testing.assert_allclose(after, apply(params, x), rtol=1e-4, atol=1e-5)
+
+
 def test_leaves_divide_the_activation_in_every_layout():
     cases = [
         (lambda w, x: x @ w, (6, 4), (-2,), (3, 6)),

@@ -98,7 +98,7 @@ def calibrate(
 
     Raises:
       ValueError: if the method or an observer is unknown, if there is nothing to calibrate, no
-        batch, or an activation is empty or not finite; and as `quantize` does.
+        batch, or an activation that is measured is empty or not finite; and as `quantize` does.
       TypeError: if `observer` is neither a string nor an `Observer`.
 
     References:
@@ -338,6 +338,9 @@ def _row(path: str, leaf: Any, range: Range | None, missed: str) -> Row:
             reason = "dynamic: the range is found in each call"
         elif range is None:
             reason = "static, but no product met this weight as `lift` would run it: no range"
+            undone = _joined(missed, reason)
+        elif np.any((low == 0) & (high == 0)):
+            reason = "static, but all that met this weight was zero: what meets it now becomes zero"
             undone = _joined(missed, reason)
     else:
         reason = "not in the policy"

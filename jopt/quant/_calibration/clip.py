@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jopt.trace.layered import spread
+
 from .._formats.base import Format, Grid
+from .._formats.floats import to_one
 
 # What part of the whole range is tried. Two bits of normal weights want about a half.
 RATIOS = np.linspace(1.0, 0.2, 81, dtype=np.float32)
@@ -25,12 +28,13 @@ def least_error_grid(weight: jax.Array, format: Format, axes: tuple[int, ...]) -
       axes: that share a scale, as in `Format.fit`.
     """
     low, high = format.extent(weight, axes)
-    exact = weight.astype(jnp.float32)
+    exact, unit = weight.astype(jnp.float32), to_one(jnp.maximum(-low, high))
 
     def error(ratio: jax.Array) -> jax.Array:
         grid = format.grid(low * ratio, high * ratio)
         rounded = format.decode(format.encode(weight, grid), grid)
-        return _summed(jnp.square(rounded - exact), low.shape)
+        off = (rounded - exact) * spread(unit, weight.shape)
+        return _summed(jnp.square(off), low.shape)
 
     errors = jax.lax.map(error, jnp.asarray(RATIOS))
     best = jnp.asarray(RATIOS)[jnp.argmin(errors, axis=0)]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._formats.base import Format
+from .._formats.floats import to_one
 
 FINE = 16  # parts that a bin is cut into before it is laid onto another range
 
@@ -40,6 +41,8 @@ def count(x: jax.Array, low: jax.Array, high: jax.Array, bins: int) -> jax.Array
 def _count(x: jax.Array, low: jax.Array, high: jax.Array, bins: int) -> jax.Array:
     low, high = _apart(low, high)
     counted = (x >= low) & (x <= high)
+    unit = to_one(jnp.maximum(jnp.abs(low), jnp.abs(high)))  # products of large values overflow
+    x, low, high = x * unit, low * unit, high * unit
     # The barrier keeps XLA from multiplying by a reciprocal, which moves values on a bin's edge.
     stretched = (jnp.where(counted, x, low) - low) * bins
     pair = jax.lax.optimization_barrier((stretched, jnp.broadcast_to(high - low, x.shape)))
@@ -220,11 +223,12 @@ def rounded_least_squares(
     middles = low + (high - low) * (np.arange(len(counts)) + 0.5) / len(counts)
     weights, middles = jnp.asarray(counts), jnp.asarray(middles, jnp.float32)
     low, high = min(low, 0.0), max(high, 0.0)
+    unit = to_one(jnp.float32(max(-low, high)))
     parts = np.arange(1, steps + 1) / steps
 
     def best(pairs: np.ndarray) -> tuple[float, float]:
         ends = jnp.asarray(pairs * [low, high], jnp.float32)
-        return tuple(pairs[int(np.argmin(_errors(middles, weights, ends, format)))])
+        return tuple(pairs[int(np.argmin(_errors(middles, weights, ends, unit, format)))])
 
     a, b = best(np.stack([parts, parts], 1))
     for _ in range(0 if format_is_symmetric(format) else 8):
@@ -242,10 +246,12 @@ def format_is_symmetric(format: Format) -> bool:
 
 
 @functools.partial(jax.jit, static_argnames="format")
-def _errors(middles: jax.Array, weights: jax.Array, ends: jax.Array, format: Format) -> jax.Array:
+def _errors(
+    middles: jax.Array, weights: jax.Array, ends: jax.Array, unit: jax.Array, format: Format
+) -> jax.Array:
     def error(pair: jax.Array) -> jax.Array:
         grid = format.grid(pair[:1], pair[1:])
         rounded = format.decode(format.encode(middles, grid), grid)
-        return jnp.sum(weights * jnp.square(rounded - middles))
+        return jnp.sum(weights * jnp.square((rounded - middles) * unit))
 
     return jax.lax.map(error, ends, batch_size=16)

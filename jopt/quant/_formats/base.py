@@ -29,6 +29,8 @@ Rounding = Literal["nearest", "floor", "stochastic"]
 
 # The smallest normal float32: smaller scales are flushed to zero, and their reciprocals overflow.
 _TINY = float(np.finfo(np.float32).tiny)
+# Reciprocals of larger scales are below it.
+_LARGE = 1.0 / _TINY
 
 
 class Grid(NamedTuple):
@@ -106,7 +108,8 @@ class Int(Format):
     Zero always has a code of its own. With the scale taken from the values nothing is clipped by
     more than half a step, and `|x - decode(encode(x))| <= scale / 2`. Scales are float32 for any
     dtype of `x`. A channel (group, tensor) that is all zero keeps its zeros; one that holds an
-    infinity or a NaN becomes all NaN, so that the trouble shows.
+    infinity or a NaN becomes all NaN, so that the trouble shows. An asymmetric grid that reaches to
+    the largest float32 ends half a step beyond it at most, where its value is infinite.
 
     Args:
       bits: 2 to 8. Up to 4 bits are held in int4, more in int8.
@@ -178,8 +181,8 @@ class Int(Format):
         if self.symmetric:
             return Grid(scale_of(jnp.maximum(-low, high), 1.0 / self.high), None)
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-        scale = scale_of(high - low, 1.0 / (self.high - self.low))
-        zero_point = self.low - jnp.round(low * (1.0 / scale))
+        scale = scale_between(low, high, 1.0 / (self.high - self.low))
+        zero_point = self.low - jnp.round(self._steps(low, scale))
         return Grid(scale, jnp.clip(zero_point, self.low, self.high).astype(jnp.int8))
 
     def encode(self, x: jax.Array, grid: Grid, *, key: jax.Array | None = None) -> jax.Array:
@@ -206,11 +209,8 @@ class Int(Format):
         return int(np.count_nonzero(held != np.asarray(spread(grid.zero_point, held.shape))))
 
     def _place(self, x: jax.Array, grid: Grid, key: jax.Array | None) -> jax.Array:
-        # The reciprocal is taken once per channel, before spreading. XLA turns a division by a
-        # constant into this same product, so that codes do not depend on what was constant when
-        # compiling; and no product is followed by a sum here, which LLVM would fuse and round once
-        # instead of twice.
-        steps = x.astype(jnp.float32) * spread(1.0 / grid.scale, x.shape)
+        # No product is followed by a sum here, which LLVM would fuse and round once, not twice.
+        steps = self._steps(x, grid.scale)
         check_key(self, key)
         if key is not None:
             below = jnp.floor(steps)
@@ -221,6 +221,27 @@ class Int(Format):
         if grid.zero_point is None:
             return rounded
         return rounded + spread(grid.zero_point, x.shape).astype(jnp.float32)
+
+    def _steps(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+        if self.bits <= 3:
+            return over(x, scale)
+        # What more steps cover has no scale that is too large for its reciprocal.
+        return x.astype(jnp.float32) * spread(1.0 / scale, x.shape)
+
+
+def over(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x / scale` in float32, for any normal scale of the rank of `x`, spread as it must be."""
+    # The reciprocal is taken once per channel, before spreading. XLA turns a division by a
+    # constant into this same product, so that codes do not depend on what was constant when
+    # compiling.
+    first, second = (spread(factor, x.shape) for factor in reciprocals(scale))
+    return x.astype(jnp.float32) * first * second
+
+
+def reciprocals(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two factors of `1 / scale`, both normal: a power of two, 1 but for large scales; the rest."""
+    power = jnp.where(scale > _LARGE, 0.25, 1.0)
+    return power, 1.0 / (scale * power)
 
 
 def sharing(
@@ -251,10 +272,18 @@ def rows_of(format: Format, x: jax.Array, axes: Sequence[int]) -> jax.Array:
     return jnp.transpose(x, [*others, *along]).reshape(count, width)
 
 
-def scale_of(span: jax.Array, step: float) -> jax.Array:
+def scale_of(span: jax.Array, step: jax.Array | float) -> jax.Array:
     """`span * step`, kept normal; NaN where the span is not finite."""
-    scale = jnp.maximum(span * np.float32(step), _TINY)
+    scale = jnp.maximum(span * step, _TINY)
     return jnp.where(jnp.isfinite(span), scale, jnp.nan)
+
+
+def scale_between(low: jax.Array, high: jax.Array, step: jax.Array | float) -> jax.Array:
+    """`scale_of(high - low, step)`, also where the difference of finite ends overflows."""
+    span = high - low
+    # Not always from halves: those of small numbers may be flushed to zero.
+    halves = scale_of(high * 0.5 - low * 0.5, step * 2.0)
+    return jnp.where(jnp.isinf(span), halves, scale_of(span, step))
 
 
 def check_sharing(call: str, format: Format) -> None:

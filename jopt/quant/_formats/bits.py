@@ -8,9 +8,8 @@ import numpy as np
 
 from jopt.trace.layered import spread
 
-from .base import Int
+from .base import Int, over, scale_between, scale_of
 
-_TINY = float(np.finfo(np.float32).tiny)
 MOST = 16  # codes of more bits than these would not be told apart in bfloat16 anyway
 
 
@@ -34,28 +33,30 @@ class Bits(NamedTuple):
         The sums and products are those of `Int`, one by one, so that the last bit agrees.
         """
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-        span = jnp.maximum(-low, high) if format.symmetric else high - low
-        scale = jnp.where(jnp.isfinite(span), jnp.maximum(span * self.inverse, _TINY), jnp.nan)
-        inverse = 1.0 / scale
-        steps = x.astype(jnp.float32) * spread(inverse, x.shape)
-        codes = _whole(steps, format, key)
+        if format.symmetric:
+            scale = scale_of(jnp.maximum(-low, high), self.inverse)
+        else:
+            scale = scale_between(low, high, self.inverse)
+        codes = _whole(over(x, scale), format, key)
         if format.symmetric:
             codes = jnp.clip(codes, self.low, self.high).astype(jnp.int32)
             return codes.astype(jnp.float32) * spread(scale, x.shape)
-        zero = jnp.clip(self.low - jnp.round(low * inverse), self.low, self.high)
+        zero = jnp.clip(self.low - jnp.round(over(low, scale)), self.low, self.high)
         zero = spread(zero.astype(jnp.int32), x.shape).astype(jnp.float32)
         codes = jnp.clip(codes + zero, self.low, self.high).astype(jnp.int32)
         return (codes.astype(jnp.float32) - zero) * spread(scale, x.shape)
 
 
 def bits_for(bits: jax.Array, format: Int, ndim: int) -> Bits:
-    """The grid's ends for a number of bits, rounded to a whole one from 2 to 16."""
-    number = jnp.clip(jnp.round(jnp.asarray(bits, jnp.float32)), 2, MOST).astype(jnp.int32)
+    """The grid's ends for a number of bits, rounded to a whole one from 2 to 16; NaN of NaN."""
+    bits = jnp.asarray(bits, jnp.float32)
+    number = jnp.clip(jnp.round(bits), 2, MOST).astype(jnp.int32)
     tops = [2 ** (b - 1) - 1 for b in range(2, MOST + 1)]
     steps = [top if format.symmetric else 2 * top + 1 for top in tops]
     # The reciprocals as Int takes them: rounded once, from the exact ones.
     high = jnp.asarray(np.array(tops, np.float32))[number - 2]
     inverse = jnp.asarray(np.array([1.0 / n for n in steps], np.float32))[number - 2]
+    inverse = jnp.where(jnp.isnan(bits), jnp.nan, inverse)  # so that the trouble shows
     low = -high if format.symmetric else -high - 1
     return Bits(*(array.reshape((1,) * ndim) for array in (low, high, inverse)))
 

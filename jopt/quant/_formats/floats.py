@@ -235,6 +235,11 @@ def power(exponents: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type((exponents + 127) << 23, jnp.float32)
 
 
+def to_one(x: jax.Array) -> jax.Array:
+    """Powers of two that bring magnitudes near 1, so that squares neither vanish nor overflow."""
+    return power(-jnp.clip(exponent(x.astype(jnp.float32)), -126, 126))
+
+
 def power_scale(exponents: jax.Array, finite: jax.Array) -> jax.Array:
     """2^e in float8_e8m0fnu, at least 2^-126; NaN, whose code is 255, where not `finite`."""
     codes = jnp.where(finite, jnp.clip(exponents, -126, 127) + 127, 255)

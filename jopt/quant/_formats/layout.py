@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import jax
 
+from .placed import parts, whole
+
 
 def contracted(ndim: int) -> tuple[int, ...]:
     """The axes that a product sums over, if the layout is `[..., in, out]`.
@@ -50,5 +52,7 @@ def grouped(x: jax.Array, axes: Sequence[int], size: int) -> tuple[jax.Array, tu
             f"group_size={size} does not divide the {x.shape[axis]} inputs of a weight of shape "
             f"{x.shape} (axis {axis - x.ndim})."
         )
+    if x.shape[axis] // size % parts(x, axis):
+        x = whole(x, [axis])  # else a group would lie on several devices
     shape = (*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
     return x.reshape(shape), (axis + 1,)

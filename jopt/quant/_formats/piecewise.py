@@ -21,10 +21,12 @@ from .base import (
     check_sharing,
     joined,
     mirrored,
+    over,
     rows_of,
     scale_of,
 )
 from .exact import exact_sum
+from .placed import whole
 from .tables import ascending, below, lookup
 
 _PARTS = 64  # breaks are whole 64ths of the largest magnitude
@@ -149,15 +151,16 @@ class Piecewise(Format):
                 f"`{self}` fits its break to values and has no grid for a range alone, as that of "
                 "an activation; give `boundaries=` and `values=`, or choose another format there."
             )
-        return Grid(jnp.where(jnp.isfinite(high - low), 1.0, jnp.nan).astype(jnp.float32), None)
+        finite = jnp.isfinite(high) & jnp.isfinite(low)  # of finite ones the difference may not be
+        return Grid(jnp.where(finite, 1.0, jnp.nan).astype(jnp.float32), None)
 
     def fit(self, x: jax.Array, axes: Sequence[int]) -> Grid:
         """Scale and break for the values of `x` along `axes`."""
-        low, high = self.extent(x, axes)
         if self.values is not None:
-            return self.grid(low, high)
-        scale = scale_of(high, 1.0)
-        rows = jnp.abs(rows_of(self, x, axes) * (1.0 / scale.reshape(-1, 1)))
+            return self.grid(*self.extent(x, axes))
+        x = whole(x)
+        scale = scale_of(self.extent(x, axes)[1], 1.0)
+        rows = jnp.abs(over(rows_of(self, x, axes), scale.reshape(-1, 1)))
         rows = jnp.nan_to_num(rows)
         best = _best_break(rows, self.steps)
         return Grid(scale, None, Table(best.astype(jnp.uint8).reshape(*scale.shape, 1)))
@@ -170,7 +173,7 @@ class Piecewise(Format):
         if self.values is not None:
             assert self.boundaries is not None
             return below(x.astype(jnp.float32), self.boundaries[1:-1], closed=True)
-        place = jnp.abs(x.astype(jnp.float32) * spread(1.0 / grid.scale, x.shape))
+        place = jnp.abs(over(x, grid.scale))
         code = _encode(place, spread(_parts(grid), x.shape), self.steps)
         return jnp.where(x < 0, -code, code)
 
@@ -179,7 +182,7 @@ class Piecewise(Format):
         x = x.astype(jnp.float32)
         if self.boundaries is not None:
             return (x >= self.boundaries[0]) & (x < self.boundaries[-1])
-        place = jnp.abs(x * spread(1.0 / grid.scale, x.shape))
+        place = jnp.abs(over(x, grid.scale))
         step = (_PARTS - spread(_parts(grid), x.shape)) * np.float32(1 / _PARTS / (self.steps - 1))
         return place - 1.0 <= step * 0.5
 

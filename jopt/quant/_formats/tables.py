@@ -5,7 +5,8 @@ A value is `table[code] * scale`. Tables ascend, and so does the value with the 
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -25,9 +26,11 @@ from .base import (
     joined,
     mirrored,
     one_of,
+    over,
     rows_of,
 )
 from .fits import kmeans, normal_levels, root_mean_square
+from .placed import placed_like, whole
 
 # A table is a tuple of numbers, or an array with the entries last: [*shape of scale, entries].
 Levels = tuple[float, ...] | jax.Array
@@ -68,7 +71,7 @@ class TableFormat(Format):
     def encode(self, x: jax.Array, grid: Grid, *, key: jax.Array | None = None) -> jax.Array:
         """The codes of the nearest values, the lower of two as near; `key` rounds at random."""
         check_key(self, key)
-        place, levels = _unscaled(x, grid), self.levels(grid)
+        place, levels = _unscaled(x, grid.scale), self.levels(grid)
         if key is None:
             return below(place, _middles(levels))
         code = jnp.clip(below(place, levels, closed=True) - 1, 0, size(levels) - 2)
@@ -78,7 +81,7 @@ class TableFormat(Format):
 
     def inside(self, x: jax.Array, grid: Grid) -> jax.Array:
         """Where `x` is beyond the table's ends by half a step at most."""
-        place, levels = _unscaled(x, grid), self.levels(grid)
+        place, levels = _unscaled(x, grid.scale), self.levels(grid)
         first, second, last, end = (_column(levels, j, x.shape) for j in (0, 1, -2, -1))
         low, high = first - (second - first) * 0.5, end + (end - last) * 0.5
         return (place >= low) & (place <= high)
@@ -229,8 +232,9 @@ class Codebook(TableFormat):
         """Scale and, from k-means, a table for the values of `x` along `axes`."""
         if self.values is not None:
             return self.grid(*self.extent(x, axes))
+        x = whole(x)
         scale = _scale(*self.extent(x, axes))
-        rows = rows_of(self, x, axes) * _inverse(scale.reshape(-1, 1))
+        rows = _unscaled(rows_of(self, x, axes), scale.reshape(-1, 1))
         if self.method == "lloyd_max":
             return Grid(scale * root_mean_square(rows).reshape(scale.shape), None)
         centers = kmeans(rows, self.k, zero=self.zero, iterations=self.iterations)
@@ -277,6 +281,28 @@ def size(levels: Levels) -> int:
 
 def lookup(codes: jax.Array, levels: Levels) -> jax.Array:
     """The table's entry of each code, as float32."""
+    return _undivided(_lookup, codes, levels)
+
+
+def below(x: jax.Array, bounds: Levels, *, closed: bool = False) -> jax.Array:
+    """How many of ascending `bounds` lie below each value (or at it, if `closed`), as int32."""
+    return _undivided(functools.partial(_below, closed=closed), x, bounds)
+
+
+# Helpers, in order of use.
+
+
+def _undivided(
+    function: Callable[[jax.Array, Levels], jax.Array], x: jax.Array, levels: Levels
+) -> jax.Array:
+    """`function(x, levels)`; on explicit axes with `x` whole, unless the numbers are constants."""
+    if isinstance(levels, tuple) and len(levels) <= _FEW:
+        return function(x, levels)
+    levels = levels if isinstance(levels, tuple) else whole(levels)
+    return placed_like(function(whole(x), levels), x)
+
+
+def _lookup(codes: jax.Array, levels: Levels) -> jax.Array:
     codes, count = codes.astype(jnp.int32), size(levels)
     if count > _FEW:
         flat, first = _flat(levels, codes.shape)
@@ -291,8 +317,7 @@ def lookup(codes: jax.Array, levels: Levels) -> jax.Array:
     return jnp.broadcast_to(columns[0], codes.shape).astype(jnp.float32)
 
 
-def below(x: jax.Array, bounds: Levels, *, closed: bool = False) -> jax.Array:
-    """How many of ascending `bounds` lie below each value (or at it, if `closed`), as int32."""
+def _below(x: jax.Array, bounds: Levels, closed: bool) -> jax.Array:
     count = size(bounds)
     if count < _FEW:
         columns = [_column(bounds, j, x.shape) for j in range(count)]
@@ -307,16 +332,9 @@ def below(x: jax.Array, bounds: Levels, *, closed: bool = False) -> jax.Array:
     return found
 
 
-# Helpers, in order of use.
-
-
-def _unscaled(x: jax.Array, grid: Grid) -> jax.Array:
-    return x.astype(jnp.float32) * spread(_inverse(grid.scale), x.shape)
-
-
-def _inverse(scale: jax.Array) -> jax.Array:
-    """The reciprocal; of zero, zero."""
-    return jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
+def _unscaled(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x / scale`; zero where the scale is."""
+    return over(x, jnp.where(scale == 0, jnp.inf, scale))
 
 
 def _scale(low: jax.Array, high: jax.Array) -> jax.Array:

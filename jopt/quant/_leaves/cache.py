@@ -63,7 +63,10 @@ class Cache(Layered):
 
         Args:
           values: floats `"[..., tokens, heads, size]"`.
-          position: of the first of them; an integer, or an array of one.
+          position: of the first of them; an integer, or an array of one. A negative one counts from
+            the end. As in `jax.lax.dynamic_update_slice`, one from which the values would reach
+            beyond the end is moved back until they fit, so that they overwrite earlier tokens: no
+            error can come from inside a compiled program, and the caller counts.
           axis: along which tokens lie.
         """
 
@@ -196,7 +199,8 @@ def attend(
       queries: `"[..., queries, heads, size]"`.
       keys: `"[..., tokens, kv_heads, size]"`, where `kv_heads` divides `heads`.
       values: likewise.
-      mask: booleans that broadcast to `"[..., heads, queries, tokens]"`; False is not looked at.
+      mask: booleans that broadcast to `"[..., heads, queries, tokens]"`; False is not looked at. A
+        query that may look at nothing gets zeros.
       scale: default `1 / sqrt(size)`.
 
     Returns:
@@ -214,15 +218,22 @@ def attend(
         grouped = q.reshape((*q.shape[:-2], k.shape[-2], heads // k.shape[-2], size)) * factor
         scores = jnp.einsum("...qhgd,...khd->...hgqk", grouped, k.astype(q.dtype))
         scores = scores.reshape((*q.shape[:-3], heads, q.shape[-3], k.shape[-3]))
-        scores = scores.astype(jnp.float32)
-        if mask is not None:
-            scores = jnp.where(jnp.broadcast_to(mask, scores.shape), scores, -jnp.inf)
-        probs = jax.nn.softmax(scores).astype(q.dtype)
+        probs = _softmax(scores.astype(jnp.float32), mask).astype(q.dtype)
         probs = probs.reshape((*q.shape[:-3], k.shape[-2], -1, *probs.shape[-2:]))
         out = jnp.einsum("...hgqk,...khd->...qhgd", probs, v.astype(q.dtype))
         return out.reshape(q.shape)
 
     return lift(attention)(queries, keys, values, mask)
+
+
+def _softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Probabilities of what the mask leaves; zeros where it leaves nothing."""
+    if mask is None:
+        return jax.nn.softmax(scores)
+    mask = jnp.broadcast_to(mask, scores.shape)
+    seen = jnp.any(mask, axis=-1, keepdims=True)
+    # Rows of nothing are computed as rows of everything, so that derivatives are no NaN.
+    return jnp.where(seen, jax.nn.softmax(jnp.where(mask | ~seen, scores, -jnp.inf)), 0.0)
 
 
 def _check(format: Format, query: Format | None) -> None:

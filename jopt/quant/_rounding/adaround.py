@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._formats.base import Format, Grid, Int
+from .._formats.floats import to_one
 from .layerwise import EXACT, Rounded, by_output, checked, fitted, nearest, over_layers, sound
 
 _LOW, _HIGH = -0.1, 1.1  # the sigmoid is stretched to these ends, then cut at 0 and 1
@@ -94,11 +95,17 @@ def _matrix(
 ) -> Rounded:
     grid = fitted(format, weight)
     near, below, above = _neighbors(weight, format, grid)
-    low, high = format.decode(below, grid), format.decode(above, grid)
-    nearest_error = by_output(weight - format.decode(near, grid), hessian)
-    place = _learned(weight, hessian, low, high, jnp.sum(nearest_error), options, steps)
+    unit = to_one(jnp.max(jnp.abs(weight), initial=0.0))
+
+    def value(codes: jax.Array) -> jax.Array:
+        return format.decode(codes, grid) * unit
+
+    exact = weight * unit
+    nearest_error = by_output(exact - value(near), hessian)
+    ends = value(below), value(above)
+    place = _learned(exact, hessian, *ends, jnp.sum(nearest_error), options, steps)
     codes = jnp.where(place > 0.5, above, below)
-    error = by_output(weight - format.decode(codes, grid), hessian)
+    error = by_output(exact - value(codes), hessian)
     codes = jnp.where(error < nearest_error, codes, near)
     fine = jnp.all(jnp.isfinite(hessian))
     return Rounded(codes.astype(format.container), sound(grid, fine))

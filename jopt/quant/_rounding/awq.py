@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._formats.base import Format, Grid
+from .._formats.floats import to_one
 from .._formats.layout import shared_axes
 from .layerwise import (
     EXACT,
@@ -176,13 +177,13 @@ def _best(
     logs = jnp.where(live, jnp.log(jnp.where(live, magnitude, 1.0)), 0.0)
     middle = jnp.sum(logs) / jnp.maximum(jnp.sum(live, dtype=jnp.float32), 1.0)
     logs = jnp.where(live, logs - middle, 0.0)
-    rounding = nearest(format)
+    rounding, unit = nearest(format), to_one(jnp.max(jnp.abs(weight), initial=0.0))
 
     def error(power: jax.Array) -> jax.Array:
         scales = jnp.exp(power * logs)[:, None]
         scaled = weight * scales
         rounded = _rounded(scaled, rounding, fitted(format, scaled)) / scales
-        return jnp.sum(by_output(weight - rounded, hessian))
+        return jnp.sum(by_output((weight - rounded) * unit, hessian))
 
     powers = jnp.linspace(0.0, 1.0, points)
     return jnp.exp(powers[jnp.argmin(jax.lax.map(error, powers))] * logs)
@@ -197,17 +198,17 @@ def _clipped(
 ) -> Grid:
     """The grid of the best part of each interval, if that is better than the whole intervals."""
     low, high = format.extent(weight, shared_axes(format.granularity, 2, (-2,), 0))
-    shape = (low.shape[0], low.shape[1])
+    shape, unit = (low.shape[0], low.shape[1]), to_one(jnp.max(jnp.abs(weight), initial=0.0))
+
+    def off(grid: Grid) -> jax.Array:
+        return (weight - _rounded(weight, format, grid)) * unit
 
     def cost(part: jax.Array) -> jax.Array:
-        rounded = _rounded(weight, format, format.grid(low * part, high * part))
-        return _own_error(weight - rounded, hessian, shape)
+        return _own_error(off(format.grid(low * part, high * part)), hessian, shape)
 
     best = parts[jnp.argmin(jax.lax.map(cost, parts), axis=0)]
     narrow = format.grid(low * best, high * best)
-    errors = [
-        jnp.sum(by_output(weight - _rounded(weight, format, g), hessian)) for g in (narrow, whole)
-    ]
+    errors = [jnp.sum(by_output(off(grid), hessian)) for grid in (narrow, whole)]
     return jax.tree.map(lambda a, b: jnp.where(errors[0] < errors[1], a, b), narrow, whole)
 
 

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jopt.trace.layered import spread
 
 from .._formats.base import Format, Grid
+from .._formats.floats import to_one
 from .._formats.layout import shared_axes
 from .layerwise import Rounded, adjustable, checked_weight, nearest, over_layers, pooled
 
-_SMALLEST = 1e-12  # beside sums of squares of weights
+_SMALLEST = 1e-12  # beside sums of squares of numbers near 1
+_NARROWEST = 1e-35  # range of weights, whose steps are still normal floats
 
 
 def hqq(
@@ -104,7 +106,7 @@ def _matrix(
     def step(number: Any, carry: Any) -> Any:
         low, high, best = carry
         grid, value, _ = look(low, high)
-        unit = spread(jnp.maximum(high - low, _SMALLEST) / 2.0**format.bits, weight.shape)
+        unit = spread(jnp.maximum(high - low, _NARROWEST) / 2.0**format.bits, weight.shape)
         rest = weight - unit * _shrunk(
             (weight - value) / unit, p, beta * growth ** number.astype(jnp.float32)
         )
@@ -134,6 +136,8 @@ def _line(
     count = x.size / (shape[0] * shape[1])
     middle_x, middle_y = (pooled(v, shape) / count if free else jnp.zeros(shape) for v in (x, y))
     x, y = x - spread(middle_x, x.shape), y - spread(middle_y, y.shape)
+    unit = to_one(jnp.max(jnp.abs(x), initial=0.0))
+    x, y = x * unit, y * unit
     square, product = pooled(x * x, shape), pooled(x * y, shape)
     slope = jnp.where(square > _SMALLEST, product / jnp.maximum(square, _SMALLEST), 1.0)
     slope = jnp.where(slope > 0, slope, 1.0)

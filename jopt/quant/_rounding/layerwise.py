@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jopt.trace.sweep import EXACT as EXACT
 
 from .._formats.base import Format, Grid
+from .._formats.floats import to_one
 from .._formats.layout import shared_axes
 
 
@@ -59,7 +60,10 @@ def by_output(difference: jax.Array, hessian: jax.Array) -> jax.Array:
 def checked(
     caller: str, weight: Any, hessian: Any, format: Any
 ) -> tuple[jax.Array, jax.Array, Format]:
-    """The arguments of a method, or an error that says what is wrong with them."""
+    """The arguments of a method, or an error that says what is wrong with them.
+
+    The Hessian, whose unit matters to no method, is multiplied by a power of two.
+    """
     weight, format = checked_weight(caller, weight, format)
     hessian = jnp.asarray(hessian)
     inputs = weight.shape[-2]
@@ -76,7 +80,9 @@ def checked(
             f"`{caller}(...)`: the Hessian has a NaN or an infinity. Check the batches that it was "
             "summed over."
         )
-    return weight, hessian.astype(jnp.float32), format
+    hessian = hessian.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(hessian), axis=(-2, -1), keepdims=True, initial=0.0)
+    return weight, hessian * to_one(largest), format
 
 
 def checked_weight(caller: str, weight: Any, format: Any) -> tuple[jax.Array, Format]:

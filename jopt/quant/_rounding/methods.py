@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from jopt import trees
 from jopt.trace import Activation, Measure, Site, Stop, Target, gram, moments, staged, target_of
@@ -32,6 +33,9 @@ from .hqq import hqq
 from .layerwise import Rounded
 
 PyTree = Any
+
+_EMPTY = "what meets it was empty in every batch"
+_VANISHED = "what meets it was zero in every batch, or its squares are no normal floats"
 
 
 class Method(abc.ABC):
@@ -204,12 +208,17 @@ def rounded(
     leaves = dict(trees.items(params))
     axes = {p: axes_of(p, leaves[p], spec, sites, caller) for p, spec in specs.items()}
     parts: dict[str, dict[tuple[int, ...], QArray]] = {path: {} for path in specs}
+    unseen: dict[str, str] = {}
 
     def visit(stop: Stop) -> jax.Array:
         spec = specs[stop.path]
+        if why := _unseen(stop):
+            unseen[stop.path] = why
+        given, stop = stop.weight, _undivided(stop)
         found = method.matrix(stop.matrices(), stop.stats, spec.weight)
+        codes = stop.restored(found.codes)
         leaf = QArray(
-            codes=stop.restored(found.codes),
+            codes=jax.device_put(codes, given.sharding) if _explicit(given) else codes,
             **coarse_map(stop.coarse, found.grid)._asdict(),
             range=None,
             format=spec.weight,
@@ -226,6 +235,11 @@ def rounded(
         missed = _each(specs, leaves, sites, visit)
     else:
         _, missed = staged(apply, params, batches, specs, measure, visit, caller=caller)
+    if unseen and set(unseen.values()) == {_EMPTY} and len(unseen) + len(missed) == len(specs):
+        raise ValueError(
+            f"`{caller}(...)`: the activation that meets `{next(iter(unseen))}` is empty in every "
+            "batch."
+        )
 
     def replace(path: str, leaf: Any) -> Any:
         if path not in specs:
@@ -234,7 +248,7 @@ def rounded(
             return coded(leaf, specs[path], axes[path])
         return stacked(parts[path])
 
-    return trees.map_with_path(replace, params), missed
+    return trees.map_with_path(replace, params), unseen | missed
 
 
 def folded_awq(
@@ -270,9 +284,12 @@ def folded_awq(
         if stop.stats["gram"].shape[0] != 1:
             return
         parts = [
-            dataclasses.replace(stop, target=target, weight=leaves[path][stop.index]).matrices()
+            _undivided(
+                dataclasses.replace(stop, target=target, weight=leaves[path][stop.index])
+            ).matrices()
             for path, target in groups[stop.path][1]
         ]
+        stop = _undivided(stop)
         magnitude = stop.stats["absolute"] / jnp.maximum(stop.stats["count"], 1.0)
         scales[stop.path][stop.index] = awq_scales(
             jnp.concatenate(parts, axis=-1)[0],
@@ -293,6 +310,28 @@ def folded_awq(
 
 def _gram_and_moments(activation: Activation) -> dict[str, Any]:
     return {**moments(activation), **gram(activation)}
+
+
+def _undivided(stop: Stop) -> Stop:
+    """The weight and what was measured, as arrays without the mesh where its axes are explicit."""
+
+    def gathered(x: jax.Array) -> jax.Array:
+        return jnp.asarray(np.asarray(x)) if _explicit(x) else x
+
+    weight, stats = jax.tree.map(gathered, (stop.weight, stop.stats))
+    return dataclasses.replace(stop, weight=weight, stats=stats)
+
+
+def _explicit(x: jax.Array) -> bool:
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def _unseen(stop: Stop) -> str:
+    """Why nothing can be learned from what meets a weight; empty if something can."""
+    stats = stop.stats if isinstance(stop.stats, dict) else {}
+    if "count" in stats and not bool(jnp.any(stats["count"])):
+        return _EMPTY
+    return _VANISHED if "gram" in stats and not bool(jnp.any(stats["gram"])) else ""
 
 
 def _each(

@@ -7,16 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from jopt import trees
-from jopt.trace import Site, collect, merge, moments, watched
+from jopt.trace import Site, collect, explain, merge, moments, watched
 from jopt.trace import sites as sites_of
 from jopt.trace.program import program
 
+from .._formats.placed import whole
 from .._leaves.scaled import along, scaled
 from .absorb import Edit, absorbed, stacked
 from .dataflow import dataflow
 from .wishes import Stuck
 
 PyTree = Any
+
+_UNMET = "no product met it as it is"
 
 
 class Fold(NamedTuple):
@@ -105,7 +108,8 @@ def smooth(
       where: which weights; all that meet a product, by default.
       alpha: as in `smoothquant_scales`.
       leaves: where no parameter can take the scales, put the weight into a `Scaled` leaf, which
-        divides the activation itself, for use in `jopt.lift(apply)`. Else such a weight is left.
+        divides the activation itself, for use in `jopt.lift(apply)`. Else such a weight is left,
+        as are those whose products a leaf cannot serve, such as a kernel of grouped features.
 
     Returns:
       `(params, rows)`, and what was done to each activation, or why not.
@@ -131,24 +135,22 @@ def smooth(
         raise ValueError("`smooth(apply, params, batches)` got no batch to measure activations on.")
     chosen = _chosen(apply, params, batches[0], where)
     largest = _largest(apply, params, batches, chosen)
-    rows = []
-    for fold in folds(apply, params, *batches[0], paths=list(chosen)):
-        measured = [
-            _by_input(largest[e.path], chosen[e.path], e, params)
-            for e in fold.weights
-            if e.path in largest
-        ]
-        names = tuple(edit.path for edit in fold.weights)
-        if not measured or (fold.reason and not leaves):
-            rows.append(Smoothed(names, (), None, fold.reason or "no product met it as it is"))
-            continue
-        weights = [_largest_weight(trees.weight_of(_leaf(params, e)), e) for e in fold.weights]
-        scales = smoothquant_scales(
-            jnp.stack(measured).max(0), jnp.stack(weights).max(0), alpha=alpha
-        )
-        params = folded(params, fold, scales)
-        into = tuple(edit.path for edit in fold.into)
-        rows.append(Smoothed(names, into, scales, fold.reason))
+    found = folds(apply, params, *batches[0], paths=list(chosen))
+    rows = [
+        Smoothed(tuple(edit.path for edit in fold.weights), (), None, fold.reason or _UNMET)
+        for fold in found
+    ]
+    # Leaves are made last: what neighbours fold into a weight, they fold into an array.
+    for neighbours in (True, False) if leaves else (True,):
+        before = params
+        for number, fold in enumerate(found):
+            scales = _scales(params, fold, largest, chosen, alpha)
+            if scales is not None and bool(fold.into) == neighbours:
+                params = folded(params, fold, scales)
+                into = tuple(edit.path for edit in fold.into)
+                rows[number] = Smoothed(rows[number].paths, into, scales, fold.reason)
+        if not neighbours:
+            params, rows = _served(apply, params, before, batches[0], rows)
     return params, tuple(rows)
 
 
@@ -184,6 +186,7 @@ def folded(params: PyTree, fold: Fold, scales: jax.Array) -> PyTree:
     Where nothing can be divided, the weights become `Scaled` leaves.
     """
     edits = {edit.path: edit for edit in (*fold.weights, *fold.into)}
+    scales = whole(scales)  # they lie along other axes of other weights
 
     def change(path: str, leaf: Any) -> Any:
         if path not in edits:
@@ -253,6 +256,21 @@ def _largest(
     return values
 
 
+def _scales(
+    params: PyTree, fold: Fold, largest: dict[str, jax.Array], chosen: dict[str, Site], alpha: float
+) -> jax.Array | None:
+    """The scales of a fold; None where nothing was measured."""
+    measured = [
+        _by_input(largest[e.path], chosen[e.path], e, params)
+        for e in fold.weights
+        if e.path in largest
+    ]
+    if not measured:
+        return None
+    weights = [_largest_weight(trees.weight_of(_leaf(params, e)), e) for e in fold.weights]
+    return smoothquant_scales(jnp.stack(measured).max(0), jnp.stack(weights).max(0), alpha=alpha)
+
+
 def _by_input(largest: jax.Array, site: Site, edit: Edit, params: PyTree) -> jax.Array:
     """The measured values by the inputs of an edit: the other summed axes are a window."""
     shape = jnp.shape(_leaf(params, edit))
@@ -280,10 +298,33 @@ def _leaf(params: PyTree, edit: Edit) -> Any:
     return dict(trees.items(params))[edit.path]
 
 
+def _served(
+    apply: Any, params: PyTree, before: PyTree, inputs: Any, rows: list[Smoothed]
+) -> tuple[PyTree, list[Smoothed]]:
+    """Takes back the leaves that `lift` would refuse, such as kernels of grouped features."""
+    refused = {met.path: met.how for met in explain(apply, params, *inputs) if met.refused}
+    arrays = dict(trees.items(before))
+    params = trees.map_with_path(
+        lambda path, leaf: arrays.get(path, leaf) if path in refused else leaf, params
+    )
+
+    def told(row: Smoothed) -> Smoothed:
+        why = next((refused[path] for path in row.paths if path in refused), None)
+        if row.into or row.scales is None or why is None:
+            return row
+        return row._replace(scales=None, reason=f"{row.reason}; and no leaf would do: {why}")
+
+    return params, [told(row) for row in rows]
+
+
 def _fold(weight: Any, site: Site) -> Fold:
     rank = len(weight.shape)
     axes = tuple(sorted(axis % rank - rank for axis in site.contracted or ()))
-    tries = [axes] if site.operation == "dot_general" else [(a,) for a in reversed(axes)]
+    tries = [axes]
+    if site.operation != "dot_general":  # the features; of them and the window, what can be told
+        features = site.uses[0].features
+        rest = [(axis,) for axis in reversed(axes) if (axis,) != features]
+        tries = [features, *rest] if features else rest
     why = ""
     for wished in tries:
         try:

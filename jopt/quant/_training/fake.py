@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jopt.trace.layered import coarse_map, full_along
 
-from .._formats.base import Format, Grid
+from .._formats.base import Format, Grid, reciprocals
 from .._formats.bits import Bits
 from .._formats.layout import shared_axes
 
@@ -66,9 +68,9 @@ def fake_quant(
       An array like `x`. With a range NaN stays NaN.
 
     Raises:
-      TypeError: if `x` is not floating.
+      TypeError: if `x` is no array, or not floating.
       ValueError: if `x` is a scalar, if groups do not divide, if a stochastic format has no key, or
-        if the range is of another rank.
+        if the range is of another rank or, as far as it can be seen while tracing, reversed.
 
     Example:
       >>> import jax.numpy as jnp
@@ -80,8 +82,12 @@ def fake_quant(
       Yoshua Bengio, Nicholas Léonard, Aaron Courville, Estimating or propagating gradients through
       stochastic neurons for conditional computation, 2013, arXiv:1308.3432.
     """
-    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-        raise TypeError(f"`fake_quant(x, ...)` needs a floating x, got {jnp.result_type(x)}.")
+    if not hasattr(x, "dtype"):
+        raise TypeError(
+            f"`fake_quant(x, ...)` needs an array, got {type(x).__name__}; pass `jnp.asarray(x)`."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`fake_quant(x, ...)` needs a floating x, got {x.dtype}.")
     x = jnp.asarray(x)
     if x.ndim == 0:
         raise ValueError("`fake_quant(x, ...)` needs an array of rank 1 or more, got a scalar.")
@@ -90,6 +96,7 @@ def fake_quant(
     fixed = jax.lax.stop_gradient(x)
     if range is None:
         return straight_through(x, on_grid(fixed, format, axes, key))
+    _check_order(*range)
     grid = format.grid(*(_end(end, x) for end in range))
     values = format.decode(format.encode(fixed, grid, key=key), grid).astype(x.dtype)
     values = jnp.where(jnp.isnan(fixed), fixed, values)
@@ -133,6 +140,16 @@ def keyed(
         return function(x, coarse, key.reshape(()))
     whole = coarse_map(lambda c: full_along(c, x.shape, [0]), coarse)
     return jax.vmap(lambda x, c, k: keyed(function, x, c, k))(x, whole, key)
+
+
+def _check_order(low: Any, high: Any) -> None:
+    if any(isinstance(end, Tracer) for end in (low, high)):
+        return
+    if np.any(np.asarray(low, np.float32) > np.asarray(high, np.float32)):
+        raise ValueError(
+            f"`fake_quant(x, ..., range=({low}, {high}))`: the lowest value is above the highest. "
+            "Pass `range=(low, high)`."
+        )
 
 
 def _end(end: jax.Array, x: jax.Array) -> jax.Array:
@@ -184,7 +201,8 @@ def fake_quant_affine(
         )
     fixed = jax.lax.stop_gradient(x).astype(jnp.float32)
     scale, zero = scale.astype(jnp.float32), zero_point.astype(jnp.float32)
-    place = jnp.round(fixed * (1.0 / scale)) + zero
+    power, rest = reciprocals(scale)
+    place = jnp.round(fixed * power * rest) + zero
     codes = jnp.clip(place, qmin, qmax).astype(jnp.int32)
     values = (codes.astype(jnp.float32) - zero) * scale
     values = jnp.where(jnp.isnan(fixed), jnp.nan, values).astype(x.dtype)

@@ -146,7 +146,8 @@ def with_bits(params: PyTree, bits: jax.Array | float) -> PyTree:
 
     The grid covers what it covered, the extreme values or a learned range, with another number of
     steps. The number is an array, so one compiled step serves all of them; it is rounded to a whole
-    one from 2 to 16. With the format's own bits, values are those of the format to the last bit.
+    one from 2 to 16, and NaN gives NaN. With the format's own bits, values are those of the format
+    to the last bit.
 
     Args:
       params: with leaves that `qat` made, of `Int` formats; others stay as they are.
