@@ -68,7 +68,7 @@ def possible(o: Operands) -> tuple[str, ...]:
         names += [name for name, width in WIDTHS.items() if outputs > width]
         names += ["tiled_half"] * (outputs > 2 * max(WIDTHS.values()))
         whole_groups = groups == 1 or (groups > 0 and STRIPE * groups % inputs == 0)
-        names += ["striped"] * (inputs > STRIPE and whole_groups)
+        names += ["striped"] * (inputs >= 2 * STRIPE and whole_groups)
     if _splits(o):
         names += [f"paired_{name}" for name in names if name != "striped"]
         if "paired_padded" in names and not o.turned and _parts(inputs) > 1:
@@ -183,8 +183,8 @@ def striped(o: Operands) -> jax.Array:
         return jax.lax.dot_general(x, w, (((1,), (axis,)), ((), ())), precision=o.precision)
 
     count, rest = divmod(inputs, STRIPE)
-    total = part(0, STRIPE)
-    total = jax.lax.fori_loop(1, count, lambda i, total: total + part(i * STRIPE, STRIPE), total)
+    zeros = _zeros(o).astype(dtype)
+    total = jax.lax.fori_loop(0, count, lambda i, total: total + part(i * STRIPE, STRIPE), zeros)
     if rest:
         total = total + part(count * STRIPE, rest)
     return total * as_row(o.leaf.scale, o) if late else total
@@ -351,13 +351,16 @@ def _grouped(o: Operands, narrow: Any) -> jax.Array:
             part = _narrow_dot(shifted, _shifted(codes, Grid(scale, zero)), o.turned)
         return total + part * (scale.T if o.turned else scale), None
 
-    # Zeros made of the operands, for what `shard_map` wants to know of them.
-    codes = o.leaf.codes[:, :1].T if o.turned else o.leaf.codes[:1]
-    start = jnp.zeros_like(o.x[:, :1], jnp.float32) + jnp.zeros_like(codes, jnp.float32)
     grid = (None if c is None else per_output(c, o) for c in o.leaf.grid[:2])
     groups = (x, apart(o.leaf.codes), *(apart(c) for c in grid))
-    total, _ = jax.lax.scan(add, start, groups)
+    total, _ = jax.lax.scan(add, _zeros(o), groups)
     return total if o.grid is None else total * o.grid.scale
+
+
+def _zeros(o: Operands) -> jax.Array:
+    """[rows, outputs], made of the operands, for what `shard_map` wants to know of them."""
+    codes = o.leaf.codes[:, :1].T if o.turned else o.leaf.codes[:1]
+    return jnp.zeros_like(o.x[:, :1], jnp.float32) + jnp.zeros_like(codes, jnp.float32)
 
 
 def _tiled(o: Operands, width: int) -> jax.Array:
