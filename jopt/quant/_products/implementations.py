@@ -70,7 +70,9 @@ def possible(o: Operands) -> tuple[str, ...]:
         whole_groups = groups == 1 or (groups > 0 and STRIPE * groups % inputs == 0)
         names += ["striped"] * (inputs >= 2 * STRIPE and whole_groups)
     if _splits(o):
-        names += [f"paired_{name}" for name in names if name != "striped"]
+        halves = outputs if o.turned else outputs // 2
+        cut = [name for name in names if name != "striped" and halves > WIDTHS.get(name, 0)]
+        names += [f"paired_{name}" for name in cut]
         if "paired_padded" in names and not o.turned and _parts(inputs) > 1:
             names.append("paired_vector")
     return tuple(names)
