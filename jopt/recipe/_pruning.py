@@ -32,9 +32,8 @@ def on_data(config: schema.Sparsity, batch_size: int, model: Model, task: Task) 
     else:
         how |= {"block_size": config.block_size, "damping": config.damping}
         params = prune.sparsegpt(apply, model.params, batches, config.final, **how)
-    chosen = jopt.trees.select(params, how["where"], caller="sparsify")
-    masks = jax.tree.map(lambda w, mine: w != 0 if mine else jnp.ones((), bool), params, chosen)
-    return dataclasses.replace(model, params=params, masks=_both(masks, model.masks))
+    model = dataclasses.replace(model, params=params)
+    return _with_zeros_kept(model, how["where"], caller="sparsify")
 
 
 def chained(
@@ -104,16 +103,7 @@ def settled(penalties: Sequence[schema.Regularizer], model: Model) -> Model:
         if penalty.kind == "nuclear_norm":
             continue
         where = tables.listed(penalty.where)
-        chosen = jopt.trees.select(model.params, where, caller="regularize")
-        masks = [
-            jopt.trees.weight_of(leaf) != 0 if mine else jnp.ones((), bool)
-            for (_, leaf), mine in zip(
-                jopt.trees.items(model.params), jax.tree.leaves(chosen), strict=True
-            )
-        ]
-        treedef = jax.tree.structure(model.params, is_leaf=jopt.trees.is_typed)
-        masks = _both(treedef.unflatten(masks), model.masks)
-        model = dataclasses.replace(model, masks=masks)
+        model = _with_zeros_kept(model, where, caller="regularize")
     return model
 
 
@@ -179,6 +169,18 @@ def _options(config: schema.Sparsity) -> dict[str, Any]:
 def _every(config: schema.Sparsity, steps: int) -> int:
     """Steps between two looks, of which even a short stage has some."""
     return min(config.every, max(1, steps // 10))
+
+
+def _with_zeros_kept(model: Model, where: Any, *, caller: str) -> Model:
+    """The model with masks for the weights at `where` that are zero now."""
+    chosen = jax.tree.leaves(jopt.trees.select(model.params, where, caller=caller))
+    masks = [
+        jopt.trees.weight_of(leaf) != 0 if mine else jnp.ones((), bool)
+        for (_, leaf), mine in zip(jopt.trees.items(model.params), chosen, strict=True)
+    ]
+    treedef = jax.tree.structure(model.params, is_leaf=jopt.trees.is_typed)
+    masks = _both(treedef.unflatten(masks), model.masks)
+    return dataclasses.replace(model, masks=masks)
 
 
 def _both(masks: PyTree, before: PyTree | None) -> PyTree:
