@@ -117,9 +117,11 @@ def test_blocks_of_inputs_give_the_same_bits(format, rows):
     """Sums in int32 do not depend on their order; 2,500 inputs are two blocks and a rest."""
     for activation in (Int(8), TOKEN):
         f, leaf, x = operands(Spec(format, activation), rows, inputs=2500, outputs=32)
-        how, one = computed(f, leaf, x, "blocked")
-        assert "`blocked` on cpu/cuda/rocm/tpu (as asked for)" in how
-        np.testing.assert_array_equal(one, computed(f, leaf, x, "integers")[1])
+        wanted = computed(f, leaf, x, "integers")[1]
+        for name in ["blocked"] + ["paired_blocked"] * (format.bits == 4):
+            how, one = computed(f, leaf, x, name)
+            assert f"`{name}` on cpu/cuda/rocm/tpu (as asked for)" in how
+            np.testing.assert_array_equal(one, wanted)
 
 
 def test_sums_of_sixteen_codes_fit():
@@ -132,30 +134,67 @@ def test_sums_of_sixteen_codes_fit():
             np.testing.assert_array_equal(one, other)
 
 
-STRIPES = [  # weight, turned, inputs, dtype
-    (Int(8), False, 1100, jnp.float32),
-    (UINT4, True, 1100, jnp.float32),
-    (Int(8, symmetric=False), False, 1024, jnp.float16),
-    (Int(4, granularity="group", group_size=64), False, 1152, jnp.float32),
-    (Int(4, granularity="group", group_size=64), True, 1152, jnp.float16),
-    (quant.NF4(32), False, 1056, jnp.float32),
-    (quant.MX("mxfp8"), True, 1056, jnp.float32),
+STRIPES = [  # weight, turned, inputs, rows, dtype, implementations
+    (Int(8), False, 1100, 3, jnp.float32, "striped"),
+    (UINT4, True, 1100, 1, jnp.float32, "striped"),
+    (UINT4, False, 1100, 1, jnp.float32, "striped paired_striped"),
+    (Int(4), False, 1024, 3, jnp.float16, "paired_striped"),
+    (Int(8, symmetric=False), False, 1024, 3, jnp.float16, "striped"),
+    (Int(4, granularity="group", group_size=64), False, 1152, 3, jnp.float32, "paired_striped"),
+    (Int(4, granularity="group", group_size=64), True, 1152, 3, jnp.float16, "striped"),
+    (quant.NF4(32), False, 1056, 3, jnp.float32, "striped paired_striped"),
+    (quant.MX("mxfp8"), True, 1056, 3, jnp.float32, "striped"),
+    (Int(8), False, 1100, 3, jnp.bfloat16, "striped bfloat16"),
+    (Int(8, symmetric=False), True, 1100, 1, jnp.bfloat16, "striped bfloat16"),
+    (UINT4, False, 1100, 3, jnp.bfloat16, "striped paired_striped paired_bfloat16"),
+    (quant.NF4(32), False, 1056, 3, jnp.bfloat16, "striped paired_striped tiled_narrow"),
 ]
+LAST_PLACES = {jnp.float32: 1e-5, jnp.float16: 2e-3, jnp.bfloat16: 1e-2}
 
 
 @pytest.mark.parametrize("case", STRIPES, ids=lambda case: str(STRIPES.index(case)))
 def test_stripes_of_inputs(case):
-    weight, turned, inputs, dtype = case
+    weight, turned, inputs, rows, dtype, names = case
     f, rng = product(turned), np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=(72, inputs) if turned else (inputs, 72)), dtype)
-    x = jnp.asarray(rng.normal(size=(3, inputs)), dtype)
+    x = jnp.asarray(rng.normal(size=(rows, inputs)), dtype)
     leaf = quant.quantize(w, Spec(weight), sites=sites(f, w, x))
     wanted = expected(leaf, x.astype(jnp.float32), turned)
-    how, y = computed(f, leaf, x, "striped")
-    assert "`striped` on cpu/cuda/rocm/tpu (as asked for)" in how
-    limit = 1e-5 if dtype == jnp.float32 else 2e-3
-    close = {"rtol": limit, "atol": limit * np.abs(wanted).max()}
-    np.testing.assert_allclose(np.asarray(y, np.float64), wanted, **close)
+    for name in names.split():
+        how, y = computed(f, leaf, x, name)
+        assert f"`{name}` on cpu/cuda/rocm/tpu (as asked for)" in how
+        assert y.dtype == dtype
+        limit = LAST_PLACES[dtype]
+        close = {"rtol": limit, "atol": limit * np.abs(wanted).max()}
+        np.testing.assert_allclose(np.asarray(y, np.float64), wanted, **close)
+
+
+@pytest.mark.parametrize("activation", [None, BFloat16()], ids=str)
+@pytest.mark.parametrize("weight", [Int(8), Int(4)], ids=str)
+def test_stripes_of_inputs_in_bfloat16_sum_in_float32(weight, activation):
+    """Exact products of codes, summed in float32: far below the last place of bfloat16."""
+    rng = np.random.default_rng(0)
+    dtype = jnp.float32 if activation else jnp.bfloat16
+    w = jnp.asarray(rng.normal(size=(1100, 72)), dtype)
+    x = jnp.asarray(rng.normal(size=(3, 1100)), jnp.bfloat16).astype(dtype)
+    leaf = quant.quantize(w, Spec(weight, activation))
+
+    def f(w, x):
+        return jnp.dot(x, w, preferred_element_type=jnp.float32)
+
+    scaled = np.asarray(leaf.codes, np.float64) * np.asarray(leaf.scale, np.float64)
+    wanted = np.asarray(x, np.float64) @ scaled
+    for name in ["striped"] + ["paired_striped"] * (weight.bits == 4):
+        how, y = computed(f, leaf, x, name)
+        assert f"`{name}` on cpu" in how
+        np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_a_bfloat16_model_is_measured_as_one():
+    """Weights alone met by bfloat16 take the times of `a16`, and are not made dense."""
+    leaf = quant.quantize(jnp.ones((2048, 2048), jnp.bfloat16), Spec(Int(8)))
+    how = explain(lambda w, x: x @ w, leaf, jnp.ones((8, 2048), jnp.bfloat16))[-1].how
+    assert "`striped` on cpu (measured at 8×2048×2048" in how
 
 
 def test_stripes_end_with_groups():

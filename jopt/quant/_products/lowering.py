@@ -138,6 +138,21 @@ def plan(case: Case, possible: Sequence[str], plain: str) -> Plan:
     return Plan(tuple(name for name, _ in chosen), tuple(why for _, why in chosen))
 
 
+def fastest(times: dict[str, float]) -> str:
+    """The fastest; of those that are nearly so, one that does not make the weight dense."""
+    best = min(times, key=times.__getitem__)
+    spare = lean(times)
+    least = min(spare, key=spare.__getitem__)
+    return least if times[best] >= WORTH * times[least] else best
+
+
+def lean(times: dict[str, float]) -> dict[str, float]:
+    """The times of what does not make the whole weight dense, where there is such."""
+    whole = ["dense"] + ["bfloat16"] * any(name.endswith("striped") for name in times)
+    spare = {name: t for name, t in times.items() if name.split("_")[-1] not in whole}
+    return spare or times
+
+
 # Helpers, in order of use.
 
 
@@ -161,7 +176,7 @@ def _chosen(
         timing = known.nearest(case.kind, rows, case.inputs, case.outputs)
         times = {n: t for n, t in timing.microseconds if n in possible} if timing else {}
         if timing and times:
-            name = _fastest(times)
+            name = fastest(times)
             shape = f"{timing.rows}×{timing.inputs}×{timing.outputs}"
             others = [time for other, time in times.items() if other == plain != name]
             gain = f", {others[0] / times[name]:.1f} times as fast as `{plain}`" if others else ""
@@ -173,13 +188,3 @@ def _chosen(
     if wanted in possible and "integers" not in possible:
         return wanted, "does not make the whole weight dense"
     return plain, "not measured"
-
-
-def _fastest(times: dict[str, float]) -> str:
-    """The fastest; of those that are nearly so, one that does not make the weight dense."""
-    best = min(times, key=lambda name: times[name])
-    spare = {name: time for name, time in times.items() if not name.endswith("dense")}
-    if not spare:
-        return best
-    lean = min(spare, key=lambda name: spare[name])
-    return lean if times[best] >= WORTH * times[lean] else best

@@ -1,10 +1,11 @@
 """A product of quantized operands as one of matrices, and what its scales are along either axis."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jopt.trace.layered import coarse_map, full_along
 
@@ -21,6 +22,9 @@ class Operands(NamedTuple):
     turned: bool  # the weight is [outputs, inputs], else [inputs, outputs]
     precision: Any  # of a float product
     dtype: Any  # of its result
+
+
+Implementation = Callable[[Operands], jax.Array]
 
 
 def flattened(leaf: QArray, contract: Sequence[int]) -> tuple[QArray, bool] | None:
@@ -76,3 +80,58 @@ def per_output(coarse: jax.Array, o: Operands) -> jax.Array:
 def in_groups(coarse: jax.Array, shape: Sequence[int], axes: Sequence[int]) -> list[int]:
     """Those of `axes` along which `coarse` has groups."""
     return [axis for axis in axes if coarse.shape[axis] not in (1, shape[axis])]
+
+
+def zeros(o: Operands) -> jax.Array:
+    """[rows, outputs], made of the operands, for what `shard_map` wants to know of them."""
+    codes = o.leaf.codes[:, :1].T if o.turned else o.leaf.codes[:1]
+    return jnp.zeros_like(o.x[:, :1], jnp.float32) + jnp.zeros_like(codes, jnp.float32)
+
+
+def padded(o: Operands, inner: Implementation) -> jax.Array:
+    """One row as two: XLA:CPU has kernels for matrices, and makes the weight wide for a vector."""
+    rows = o.x.shape[0]
+    if not isinstance(rows, int) or rows != 1:
+        return inner(o)
+    grid = o.grid
+    if grid is not None and grid.scale.shape[0] != 1:
+        grid = jax.tree.map(_doubled, grid)
+    return inner(o._replace(x=_doubled(o.x), grid=grid))[:1]
+
+
+def over_inputs(
+    x: jax.Array, weight: Any, axis: int, size: int, part: Callable[..., Any], total: Any
+) -> Any:
+    """Adds to `total` what `part` makes of `size` inputs after others, in a loop.
+
+    Args:
+      x: [rows, inputs].
+      weight: a pytree of arrays with inputs along `axis`, groups of whole inputs, or one entry.
+      axis: of the inputs.
+      size: how many at a time; what is left comes last.
+      part: of x and of the weight, both cut to some inputs; a pytree like `total`.
+      total: to begin with.
+    """
+    inputs = x.shape[1]
+
+    def add(total: Any, start: Any, size: int) -> Any:
+        def cut(array: jax.Array) -> jax.Array:
+            count = array.shape[axis]
+            if count == 1:
+                return array
+            each = inputs // count
+            return jax.lax.dynamic_slice_in_dim(array, start // each, size // each, axis)
+
+        own = part(jax.lax.dynamic_slice_in_dim(x, start, size, 1), coarse_map(cut, weight))
+        return jax.tree.map(jnp.add, total, own)
+
+    count, rest = divmod(inputs, size)
+    total = jax.lax.fori_loop(0, count, lambda i, total: add(total, i * size, size), total)
+    return add(total, count * size, rest) if rest else total
+
+
+# Helpers, in order of use.
+
+
+def _doubled(x: jax.Array) -> jax.Array:
+    return jnp.concatenate([x, x])

@@ -123,7 +123,7 @@ def _plan(leaf: QArray, x: jax.Array, operation: Dot | Conv, plain: str) -> Plan
     fixed = all(isinstance(size, int) for aval in avals for size in aval.shape)
     found = (_serving if fixed else _serving.__wrapped__)(structure, avals, operation)
     names = (plain, "dense", *found)
-    return plan(Case(_kind(leaf, operation.contract), *shape), names, plain)
+    return plan(Case(_kind(leaf, x, operation.contract), *shape), names, plain)
 
 
 @functools.lru_cache(4096)  # most products of a model are alike
@@ -141,14 +141,17 @@ def _serving(structure: Any, avals: Sequence[Any], operation: Dot) -> tuple[str,
     return tuple(names)
 
 
-def _kind(leaf: QArray, contract: Sequence[int] | None) -> str:
+def _kind(leaf: QArray, x: jax.Array, contract: Sequence[int] | None) -> str:
     """How tables of times call these operands: `w8a8`, `w4-group`."""
     format = leaf.format
     if isinstance(format, Int):
         weight = "w4" if leaf.codes.dtype == jnp.int4 else "w8"
     else:
         weight = type(format).__name__.lower()
-    activation = {type(None): "", BFloat16: "a16"}.get(type(leaf.activation), "a8")
+    if leaf.activation is None:
+        activation = "a16" if x.dtype == jnp.bfloat16 else ""
+    else:
+        activation = "a16" if isinstance(leaf.activation, BFloat16) else "a8"
     groups = "" if contract is None or shared_along(leaf.scale, contract) else "-group"
     return weight + activation + groups
 

@@ -1,0 +1,147 @@
+"""Products with a weight alone: dequantized as a whole, or a part at a time."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jopt.trace.layered import coarse_map
+
+from .._formats.base import Int
+from .._leaves.weights import QArray
+from .halves import apart, halves, pairs, woven
+from .integers import narrow_dot, shifted
+from .operands import (
+    Implementation,
+    Operands,
+    as_row,
+    group_count,
+    over_inputs,
+    padded,
+    per_output,
+    zeros,
+)
+
+# Inputs for which `striped` makes a weight dense at a time.
+STRIPE = 512
+
+
+def dense(o: Operands) -> jax.Array:
+    """The weight dequantized."""
+    return jax.lax.dot_general(
+        o.x,
+        o.leaf.materialise(),
+        (((1,), (1 if o.turned else 0,)), ((), ())),
+        precision=o.precision,
+        preferred_element_type=o.dtype,
+    )
+
+
+def tiled(o: Operands, width: int | None = None) -> jax.Array:
+    """The weight dequantized for some outputs at a time, so that it never exists as a whole."""
+    if width is None:
+        width = -(-o.leaf.codes.shape[0 if o.turned else 1] // 2)
+    return padded(o, functools.partial(_tiled, width=width))
+
+
+def paired_half(o: Operands) -> jax.Array:
+    """An int4 weight dequantized by even and odd columns, one after the other."""
+    both = pairs(o.leaf.codes)
+    four: Any = jnp.asarray(4, both.dtype)
+    coarse = [half.split()[1] for half in halves(o)]
+    xs = jnp.stack([o.x[:, i::2] for i in (0, 1)]) if o.turned else jnp.stack([o.x, o.x])
+
+    def product(turn: Any) -> jax.Array:
+        shift, coarse, x = turn
+        leaf = o.leaf.joined(jnp.right_shift(jnp.left_shift(both, shift), four), coarse)
+        return dense(o._replace(x=x, leaf=leaf))
+
+    shifts = jnp.stack([four, jnp.zeros_like(four)])
+    y = jax.lax.map(product, (shifts, jax.tree.map(lambda *c: jnp.stack(c), *coarse), xs))
+    return y[0] + y[1] if o.turned else woven(y[0], y[1])
+
+
+def striped(o: Operands) -> jax.Array:
+    """Sums over some inputs after others, so that no dense weight exists."""
+    return padded(o, lambda o: _striped(o, o.leaf.codes, (o.leaf,), lambda codes: (codes,))[0])
+
+
+def paired_striped(o: Operands) -> jax.Array:
+    """The same of a weight of four bits, its even columns and its odd ones side by side."""
+    return padded(o, lambda o: woven(*_striped(o, pairs(o.leaf.codes), halves(o), apart)))
+
+
+# Helpers, in order of use.
+
+
+def _tiled(o: Operands, width: int) -> jax.Array:
+    axis = 0 if o.turned else 1
+    outputs = o.leaf.codes.shape[axis]
+    codes, coarse = o.leaf.split()
+    coarse = coarse_map(lambda c: per_output(c, o), coarse)
+
+    def columns(start: Any, size: int) -> jax.Array:
+        def cut(array: jax.Array) -> jax.Array:
+            if array.shape[axis] == 1:
+                return array
+            return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
+
+        leaf = o.leaf.joined(cut(codes), coarse_map(cut, coarse))
+        return dense(o._replace(leaf=leaf))  # pyright: ignore[reportArgumentType]
+
+    count, rest = divmod(outputs, width)
+    if count < 2:
+        return dense(o)
+    parts = jax.lax.map(lambda i: columns(i * width, width), jnp.arange(count))
+    parts = jnp.moveaxis(parts, 0, 1).reshape(o.x.shape[0], count * width)
+    if rest:
+        parts = jnp.concatenate([parts, columns(count * width, rest)], axis=1)
+    return parts
+
+
+def _striped(o: Operands, codes: jax.Array, leaves: tuple[QArray, ...], unpack: Any) -> list[Any]:
+    """The products with one weight or more, whose codes are unpacked from the same array."""
+    axis = 1 if o.turned else 0
+    own = [o._replace(leaf=leaf) for leaf in leaves]
+    dtype = np.promote_types(o.dtype, np.float32)
+    times_codes = _times_codes(o)
+
+    def part(x: jax.Array, weight: Any) -> list[jax.Array]:
+        codes, coarse = weight
+        sums = []
+        for one, c in zip(unpack(codes), coarse, strict=True):
+            leaf: Any = o.leaf.joined(one, c)
+            cut = o._replace(x=x, leaf=leaf, dtype=dtype)
+            sums.append((times_codes or dense)(cut).astype(dtype))
+        return sums
+
+    weight = (codes, [leaf.split()[1] for leaf in leaves])
+    begun = [zeros(one).astype(dtype) for one in own]
+    totals = over_inputs(o.x, weight, axis, STRIPE, part, begun)
+    if times_codes is None:
+        return totals
+    return [total * as_row(one.leaf.scale, one) for total, one in zip(totals, own, strict=True)]
+
+
+def _times_codes(o: Operands) -> Implementation | None:
+    """The product with the codes, where the scales may wait for the sum; else None."""
+    if not isinstance(o.leaf.format, Int) or group_count(o) != 1:
+        return None
+    if o.x.dtype == jnp.bfloat16:
+        return _times_narrow
+    exact = o.x.dtype == o.leaf.value_dtype == jnp.float32 and not o.leaf.via
+    return _times_wide if exact else None
+
+
+def _times_narrow(o: Operands) -> jax.Array:
+    return narrow_dot(o.x, shifted(o.leaf.codes, o.leaf.grid), o.turned)
+
+
+def _times_wide(o: Operands) -> jax.Array:
+    w = o.leaf.codes.astype(jnp.float32)
+    if o.leaf.zero_point is not None:
+        w = w - per_output(o.leaf.zero_point, o).astype(jnp.float32)
+    axis = 1 if o.turned else 0
+    return jax.lax.dot_general(o.x, w, (((1,), (axis,)), ((), ())), precision=o.precision)
