@@ -27,11 +27,16 @@ def on_data(config: schema.Sparsity, batch_size: int, model: Model, task: Task) 
         return model.module.apply({"params": params, **model.collections}, inputs)
 
     how = _options(config)
-    if config.method == "wanda":
-        params = prune.wanda(apply, model.params, batches, config.final, **how)
-    else:
-        how |= {"block_size": config.block_size, "damping": config.damping}
-        params = prune.sparsegpt(apply, model.params, batches, config.final, **how)
+    damping: dict[str, Any] = {} if config.damping is None else {"damping": config.damping}
+    match config.method:
+        case "wanda":
+            params = prune.wanda(apply, model.params, batches, config.final, **how)
+        case "sparsegpt":
+            how |= damping | {"block_size": config.block_size}
+            params = prune.sparsegpt(apply, model.params, batches, config.final, **how)
+        case _:
+            masks = _both(largest(config, model.params, sites_of(model, task)), model.masks)
+            params = prune.reconstruct(apply, model.params, batches, masks, **damping)
     model = dataclasses.replace(model, params=params)
     return _with_zeros_kept(model, how["where"], caller="sparsify")
 
@@ -120,6 +125,14 @@ def sites_of(model: Model, task: Task) -> tuple[Site, ...]:
         return model.module.apply({"params": params, **collections}, inputs)
 
     return jopt.sites(apply, model.params, model.collections, example)
+
+
+def rewound(model: Model, earlier: Model) -> Model:
+    """The earlier model with the masks of this one."""
+    params = earlier.params
+    if model.masks is not None:
+        params = prune.apply_masks(params, model.masks)
+    return dataclasses.replace(earlier, params=params, masks=model.masks)
 
 
 def check(config: schema.Sparsity, model: Model, task: Task) -> None:

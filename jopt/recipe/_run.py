@@ -77,7 +77,8 @@ def run(
                 record = record or export(stage, start, task, folder, recipe)
             else:
                 teachers = [models[name] for name in recipe.teachers(stage)]
-                outcome = stages.run(stage, start, teachers, task, place)
+                earlier = models[stage.rewind] if stage.rewind else None
+                outcome = stages.run(stage, start, teachers, task, place, earlier=earlier)
                 models[stage.name] = previous = outcome.model
                 record = folder.finished(stage.name) or summarise(outcome, task)
             if folder.finished(stage.name) is None:

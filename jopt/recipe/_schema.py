@@ -61,6 +61,10 @@ class Stage(Block):
 class Fit(Stage):
     """A stage that trains."""
 
+    rewind: str | None = Field(
+        default=None,
+        description="earlier stage to whose weights it goes back first, keeping its masks",
+    )
     epochs: Annotated[float, Field(ge=0.0)] = 10
     batch_size: Count = 64
     optimizer: Optimizer = Optimizer()
@@ -81,6 +85,8 @@ class Fit(Stage):
             )
         if getattr(self, "model", None) is not None and self.start is not None:
             raise ValueError("`model` begins from random weights, `start` does not: leave one out")
+        if getattr(self, "model", None) is not None and self.rewind is not None:
+            raise ValueError("`model` begins from random weights: there is nothing to `rewind`")
         unfit = getattr(self, "model", None) is not None or isinstance(self, Quantize)
         if unfit and self.sparsity is not None and self.sparsity.method in CALIBRATED:
             raise ValueError(
@@ -223,14 +229,45 @@ class Recipe(Block):
             return stage.distill.stages
         fits: list[Fit] = [other for other in self.stages if isinstance(other, Fit)]
         places = {other.name: place for place, other in enumerate(fits)}
-        before = stage
-        while before.start or places[before.name]:
-            before = fits[places[before.start] if before.start else places[before.name] - 1]
-            if not isinstance(before, Sparsify | Quantize | Reconstruct) and not before.sparsity:
-                return (before.name,)
-            if getattr(before, "model", None) is not None:
+        line = [stage]  # backwards, to the stage that made the network
+        while getattr(line[-1], "model", None) is None:
+            last = line[-1]
+            line.append(fits[places[last.start] if last.start else places[last.name] - 1])
+        dense = None
+        for before in reversed(line[1:]):
+            if isinstance(before, Sparsify | Quantize) or before.sparsity:
                 break
-        raise ValueError("its model never was dense: name the `teacher`")
+            dense = before.name
+        if dense is None:
+            raise ValueError("its model never was dense: name the `teacher`")
+        return (dense,)
+
+    @pydantic.model_validator(mode="after")
+    def _rewinds_its_own(self) -> Self:
+        """Masks go back to earlier weights of the same network, and there are masks."""
+        origin: dict[str, str] = {}  # the stage that made its network
+        kinds: dict[str, tuple[bool, bool]] = {}  # whether it has masks, whether integers
+        previous = ""
+        for stage in self.stages:
+            if not isinstance(stage, Fit):
+                continue
+            start = stage.start or previous
+            fresh = getattr(stage, "model", None) is not None
+            origin[stage.name] = stage.name if fresh else origin[start]
+            masked, rounded = (False, False) if fresh else kinds[start]
+            if stage.rewind is not None:
+                words = f"`rewind: {stage.rewind}` in stage `{stage.name}`"
+                if origin[stage.rewind] != origin[start]:
+                    raise ValueError(f"{words} is another network than `{start}`")
+                if rounded or kinds[stage.rewind][1]:
+                    raise ValueError(f"{words}: integers do not train; rewind before `quantize`")
+                if not masked:
+                    raise ValueError(f"{words}: `{start}` is not pruned, so there are no masks")
+            lands = any(penalty.kind != "nuclear_norm" for penalty in stage.regularize)
+            masked |= stage.sparsity is not None or lands
+            kinds[stage.name] = masked, rounded or isinstance(stage, Quantize)
+            previous = stage.name
+        return self
 
     @pydantic.model_validator(mode="after")
     def _keeps_zeros(self) -> Self:
@@ -254,6 +291,8 @@ class Recipe(Block):
 
 def _references_of(stage: Stage) -> list[tuple[str, str]]:
     found = [("start", stage.start)] if stage.start else []
+    if isinstance(stage, Fit) and stage.rewind:
+        found.append(("rewind", stage.rewind))
     if isinstance(stage, Fit) and stage.distill is not None:
         found += [("teacher", name) for name in stage.distill.stages]
     return found

@@ -12,7 +12,7 @@ from jopt.recipe._blocks import Block, Count, Fraction, Positive, Probability, W
 SCORED = ("magnitude", "random", "movement", "taylor", "snip", "fisher")
 DYNAMIC = ("rigl", "set", "static")
 THROUGH = ("straight_through", "top_kast")
-CALIBRATED = ("wanda", "sparsegpt")
+CALIBRATED = ("wanda", "sparsegpt", "least_squares")
 
 # The methods that each key is for.
 _KEYS = {
@@ -26,7 +26,7 @@ _KEYS = {
     "penalty": ("top_kast",),
     "calibration_batches": CALIBRATED,
     "block_size": ("sparsegpt",),
-    "damping": ("sparsegpt",),
+    "damping": ("sparsegpt", "least_squares"),
 }
 
 
@@ -98,10 +98,11 @@ class Sparsity(Block):
         "top_kast",
         "wanda",
         "sparsegpt",
+        "least_squares",
     ] = Field(
         default="magnitude",
         description="by which score weights go on a schedule; or a way to train sparsely; or "
-        "(wanda, sparsegpt) before the stage trains, on calibration data",
+        "(wanda, sparsegpt, least_squares) before the stage trains, on calibration data",
     )
     target: Probability | None = Field(default=None, description="final fraction of zeros")
     at: tuple[Milestone, ...] = Field(
@@ -116,15 +117,17 @@ class Sparsity(Block):
         default=0.0, description="top_kast: fraction without gradients, at most `target`"
     )
     penalty: Positive = Field(default=1e-4, description="top_kast: weight of its penalty")
-    calibration_batches: Count = Field(default=16, description="wanda, sparsegpt")
+    calibration_batches: Count = Field(default=16, description="wanda, sparsegpt, least_squares")
     block_size: Count | None = Field(
         default=None, description="sparsegpt: inputs chosen among at a time; null: by the layer"
     )
-    damping: Annotated[float, Field(ge=0.0)] = Field(default=0.01, description="sparsegpt")
+    damping: Annotated[float, Field(ge=0.0)] | None = Field(
+        default=None, description="sparsegpt (null: 0.01), least_squares (null: 0.0001)"
+    )
     pattern: Units = "unstructured"
     scope: Literal["global", "layer", "uniform", "erk"] = Field(
         default="global",
-        description="default: erk for rigl, set, static; layer for wanda, sparsegpt and n:m",
+        description="default: erk for rigl, set, static; layer for what looks at data and n:m",
     )
     where: Where = "**/kernel"
     unfit: Literal["error", "skip"] = Field(
@@ -162,7 +165,7 @@ class Sparsity(Block):
             given = getattr(self, key) != type(self).model_fields[key].default
             if given and self.method not in methods:
                 raise ValueError(f"`{key}` is for {', '.join(methods)}, not for `{self.method}`")
-        if self.method in CALIBRATED and isinstance(self.pattern, Tiles | Channels):
+        if self.method in ("wanda", "sparsegpt") and isinstance(self.pattern, Tiles | Channels):
             raise ValueError(f"`{self.method}` takes `unstructured` and n:m patterns")
         if self.method in DYNAMIC and isinstance(self.pattern, NM):
             raise ValueError(f"`{self.method}` moves whole units: no n:m pattern")

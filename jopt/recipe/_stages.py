@@ -31,9 +31,22 @@ def run(
     teachers: Sequence[Model],
     task: Task,
     place: Place,
+    *,
+    earlier: Model | None = None,
 ) -> Outcome:
-    """Runs one stage that makes a model, or goes on with it from its newest checkpoint."""
+    """Runs one stage that makes a model, or goes on with it from its newest checkpoint.
+
+    Args:
+      stage: its part of the recipe.
+      start: the model it starts from; None where it makes its own.
+      teachers: the models it learns from.
+      task: the data.
+      place: where it keeps its files.
+      earlier: the model it goes back to.
+    """
     model = _begin(stage, start, task, place)
+    if earlier is not None:
+        model = pruning.rewound(model, earlier)
     notes: tuple[str, ...] = ()
     if isinstance(stage, schema.Quantize):
         model, notes = _calibrated(stage, model, task)

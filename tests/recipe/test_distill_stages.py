@@ -151,6 +151,9 @@ def test_the_dense_self_of_a_reconstruction(write):
     assert config.teachers(stages["again"]) == ("student",)
     assert stages["again"].distill.weight == 1.0
     assert isinstance(stages["again"].distill.loss, lessons.L1)
+    tuned = "  - {stage: sparsify, sparsity: {target: 0.5}}\n  - {stage: train, name: tuned}\n"
+    config = recipe.load(write(TEACHER + tuned + "  - {stage: reconstruct}\n"))
+    assert config.teachers(config.stages[-1]) == ("teacher",)  # not `tuned`, which is sparse
     sparse = TEACHER + "    sparsity: {target: 0.5}\n  - {stage: reconstruct}\n"
     config = recipe.load(write(sparse))
     with pytest.raises(ValueError, match="never was dense: name the `teacher`"):

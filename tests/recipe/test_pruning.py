@@ -97,6 +97,7 @@ def test_in_the_loss_of_a_lesson(tmp_path):
         ("static", ", pattern: {channel: -1}, scope: layer"),
         ("straight_through", ""),
         ("sparsegpt", ", calibration_batches: 2, block_size: 64"),
+        ("least_squares", ", calibration_batches: 2, pattern: {block: [1, 2]}"),
     ],
 )
 def test_every_method(tmp_path, method, options):
@@ -113,7 +114,7 @@ def test_every_method(tmp_path, method, options):
     [
         ("static", ", every: 3", r"`every` is for magnitude, .*, not for `static`"),
         ("magnitude", ", drop: 0.1", r"`drop` is for rigl, set, not for `magnitude`"),
-        ("wanda", ", damping: 0.1", r"`damping` is for sparsegpt, not for `wanda`"),
+        ("wanda", ", damping: 0.1", r"`damping` is for sparsegpt, least_squares, not for `wanda`"),
         ("wanda", ", scope: global", r"`wanda` settles each layer by itself"),
         ("top_kast", ", backward: 0.9", r"`backward` \(0.9\) is at most `target` \(0.75\)"),
         ("magic", "", r"Input should be 'magnitude', 'random'"),
@@ -299,3 +300,72 @@ def test_what_does_not_pack_is_noted(tmp_path):
     recipe.run(recipe.load(path), tmp_path / "out", quiet=True)
     record = json.loads((tmp_path / "out" / "run.json").read_text())["stages"]["export"]
     assert any("kernel` is not packed: " in note for note in record["notes"])
+
+
+def test_least_squares_is_that_of_prune(tmp_path):
+    config = load(tmp_path, ("fitted", "dense", 0, "least_squares", ", calibration_batches: 2"))
+    found = recipe.run(config, tmp_path / "out", quiet=True).models
+    dense, fitted = found["dense"], found["fitted"]
+    task = _tables.task(config.data, None)
+
+    def apply(params, inputs):
+        return dense.module.apply({"params": params, **dense.collections}, inputs)
+
+    masks = prune.masks(dense.params, 0.75, scope="layer", where="**/kernel")
+    batches = task.train_inputs(2, config.stages[1].batch_size)
+    wanted = prune.reconstruct(apply, dense.params, batches, masks)
+    for (path, one), (_, other) in zip(
+        trees.items(fitted.params), trees.items(wanted), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+TICKET = """\
+  - {stage: sparsify, name: found, epochs: 1, sparsity: {target: 0.75}}
+  - {stage: train, name: begun, rewind: dense, epochs: 0}
+  - {stage: train, name: ticket, start: found, rewind: dense, epochs: 0.3}
+"""
+
+
+def test_tickets_go_back_to_earlier_weights(tmp_path):
+    path = tmp_path / "ticket.yaml"
+    path.write_text(RECIPE + TICKET)
+    models = recipe.run(recipe.load(path), tmp_path / "out", quiet=True).models
+    dense, found = (dict(trees.items(models[name].params)) for name in ("dense", "found"))
+    masks = dict(trees.items(models["found"].masks))
+    for path, w in trees.items(models["begun"].params):
+        np.testing.assert_array_equal(w, np.where(masks[path], dense[path], 0))
+        assert np.asarray(found[path] != dense[path]).any()
+    assert share(models["ticket"]) == pytest.approx(0.75, abs=5e-3)
+    for path, w in trees.items(models["ticket"].params):
+        assert not np.asarray(w)[~np.broadcast_to(masks[path], w.shape)].any()
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("{stage: train, rewind: nobody}", "`rewind: nobody` in stage `train` is not an earlier"),
+        ("{stage: train, rewind: dense}", "`dense` is not pruned, so there are no masks"),
+        (
+            "{stage: train, name: other, model: {kind: convnet}, rewind: dense}",
+            "there is nothing to `rewind`",
+        ),
+        (
+            "{stage: train, name: other, model: {kind: convnet}}\n"
+            "  - {stage: sparsify, sparsity: {target: 0.5}}\n"
+            "  - {stage: train, rewind: dense}",
+            "`rewind: dense` in stage `train` is another network than `sparsify`",
+        ),
+        (
+            "{stage: sparsify, sparsity: {target: 0.5}}\n"
+            "  - {stage: quantize, policy: [{weight: {bits: 8}}]}\n"
+            "  - {stage: reconstruct, rewind: dense}",
+            "integers do not train; rewind before `quantize`",
+        ),
+    ],
+)
+def test_tickets_that_make_no_sense(tmp_path, stage, words):
+    path = tmp_path / "ticket.yaml"
+    path.write_text(RECIPE + f"  - {stage}\n")
+    with pytest.raises(recipe.RecipeError, match=words):
+        recipe.load(path)
