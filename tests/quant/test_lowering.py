@@ -190,6 +190,21 @@ def test_stripes_of_inputs_in_bfloat16_sum_in_float32(weight, activation):
         np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
+def test_codes_do_not_stand_for_what_was_rounded_since():
+    """A weight that the function casts to float8 is met as that, not by its codes."""
+    rng = np.random.default_rng(0)
+    leaf = quant.quantize(jnp.asarray(rng.normal(size=(1024, 16)), jnp.float32), Spec(Int(8)))
+    x = jnp.asarray(rng.normal(size=(3, 1024)), jnp.bfloat16)
+
+    def f(w, x):
+        return x @ w.astype(jnp.float8_e4m3fn).astype(jnp.bfloat16)
+
+    wanted = np.asarray(f(leaf.materialise(), x), np.float64)
+    for name in ("striped", "bfloat16", "dense"):
+        y = np.asarray(computed(f, leaf, x, name)[1], np.float64)
+        np.testing.assert_allclose(y, wanted, rtol=1e-2, atol=1e-2 * np.abs(wanted).max())
+
+
 def test_a_bfloat16_model_is_measured_as_one():
     """Weights alone met by bfloat16 take the times of `a16`, and are not made dense."""
     leaf = quant.quantize(jnp.ones((2048, 2048), jnp.bfloat16), Spec(Int(8)))

@@ -38,7 +38,7 @@ from .integers import (
     paired_vector,
     parts,
 )
-from .operands import Implementation, Operands, group_count, padded
+from .operands import Implementation, Operands, codes_in_bfloat16, group_count, padded
 from .values import STRIPE, dense, paired_half, paired_striped, striped, tiled
 
 # Outputs for which `tiled` and its like dequantize a weight at a time.
@@ -49,7 +49,7 @@ def possible(o: Operands) -> tuple[str, ...]:
     """The implementations that can serve these operands, by their shapes alone."""
     inputs, outputs = o.leaf.codes.shape[:: -1 if o.turned else 1]
     coded, whole = o.x.dtype == jnp.int8, isinstance(o.leaf.format, Int)
-    narrow, groups = o.x.dtype == jnp.bfloat16 and o.grid is None, group_count(o)
+    narrow, groups = codes_in_bfloat16(o), group_count(o)
     whole_groups = groups == 1 or (groups > 0 and STRIPE * groups % inputs == 0)
     stripes = ["striped"] * (inputs >= 2 * STRIPE and whole_groups)
     names: list[str] = []

@@ -65,6 +65,16 @@ def group_count(o: Operands) -> int:
     return 1 if not counts else counts.pop() if len(counts) == 1 else 0
 
 
+def codes_in_bfloat16(o: Operands) -> bool:
+    """Whether the product is one of values in bfloat16 with codes, which that holds exactly.
+
+    A weight alone that was rounded to another type on its way is not: its codes do not know of it.
+    """
+    rounded = {jnp.dtype(dtype) for dtype in (*o.leaf.via, o.leaf.value_dtype)}
+    plain = rounded <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
+    return o.grid is None and o.x.dtype == jnp.bfloat16 and (plain or bool(o.leaf.activation))
+
+
 def as_row(coarse: jax.Array, o: Operands) -> jax.Array:
     """A coarse array that is shared along the inputs, as [1, outputs or 1]."""
     coarse = per_output(coarse, o)

@@ -17,6 +17,7 @@ from .operands import (
     Implementation,
     Operands,
     as_row,
+    codes_in_bfloat16,
     group_count,
     over_inputs,
     padded,
@@ -129,7 +130,7 @@ def _times_codes(o: Operands) -> Implementation | None:
     """The product with the codes, where the scales may wait for the sum; else None."""
     if not isinstance(o.leaf.format, Int) or group_count(o) != 1:
         return None
-    if o.x.dtype == jnp.bfloat16:
+    if codes_in_bfloat16(o):
         return _times_narrow
     exact = o.x.dtype == o.leaf.value_dtype == jnp.float32 and not o.leaf.via
     return _times_wide if exact else None
