@@ -35,7 +35,9 @@ def on_data(config: schema.Sparsity, batch_size: int, model: Model, task: Task) 
             how |= damping | {"block_size": config.block_size}
             params = prune.sparsegpt(apply, model.params, batches, config.final, **how)
         case _:
-            masks = _both(largest(config, model.params, sites_of(model, task)), model.masks)
+            masks = largest(config, model.params, sites_of(model, task))
+            if model.masks is not None:  # of leaves that this stage leaves alone, zeros stay anyway
+                masks = jax.tree.map(lambda a, b: a & b if a.ndim else a, masks, model.masks)
             params = prune.reconstruct(apply, model.params, batches, masks, **damping)
     model = dataclasses.replace(model, params=params)
     return _with_zeros_kept(model, how["where"], caller="sparsify")
@@ -128,22 +130,27 @@ def sites_of(model: Model, task: Task) -> tuple[Site, ...]:
 
 
 def rewound(model: Model, earlier: Model) -> Model:
-    """The earlier model with the masks of this one."""
-    params = earlier.params
-    if model.masks is not None:
-        params = prune.apply_masks(params, model.masks)
-    return dataclasses.replace(earlier, params=params, masks=model.masks)
+    """The earlier model with the masks of this one, and its own."""
+    masks = model.masks if earlier.masks is None else _both(earlier.masks, model.masks)
+    params = earlier.params if masks is None else prune.apply_masks(earlier.params, masks)
+    return dataclasses.replace(earlier, params=params, masks=masks)
 
 
 def check(config: schema.Sparsity, model: Model, task: Task) -> None:
     """Says on shapes alone what of a method cannot work, where its chain does not."""
     if config.method not in (*schema.THROUGH, *schema.CALIBRATED):
         return
+    chosen = jopt.trees.select(model.params, tables.listed(config.where), caller="sparsify")
+    on_data = config.method in schema.CALIBRATED
+    if on_data and any(jopt.trees.is_typed(leaf) for _, leaf in jopt.trees.items(model.params)):
+        raise ValueError(
+            f"`method: {config.method}` prunes plain weights, and these are quantized: prune "
+            "before the `quantize` stage"
+        )
     sites = sites_of(model, task)
     jax.eval_shape(lambda params: largest(config, params, sites), model.params)
-    if config.method not in schema.CALIBRATED:
+    if not on_data:
         return
-    chosen = jopt.trees.select(model.params, tables.listed(config.where), caller="sparsify")
     found = {p: target_of(p, sites) for p, mine in jopt.trees.items(chosen) if mine}
     if unmet := {path: why for path, why in found.items() if isinstance(why, str)}:
         raise ValueError(

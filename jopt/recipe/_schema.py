@@ -63,6 +63,7 @@ class Fit(Stage):
 
     rewind: str | None = Field(
         default=None,
+        min_length=1,
         description="earlier stage to whose weights it goes back first, keeping its masks",
     )
     epochs: Annotated[float, Field(ge=0.0)] = 10
@@ -233,6 +234,8 @@ class Recipe(Block):
         while getattr(line[-1], "model", None) is None:
             last = line[-1]
             line.append(fits[places[last.start] if last.start else places[last.name] - 1])
+        if any(other.rewind for other in line):
+            raise ValueError("its line goes back to earlier weights: name the `teacher`")
         dense = None
         for before in reversed(line[1:]):
             if isinstance(before, Sparsify | Quantize) or before.sparsity:

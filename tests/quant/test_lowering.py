@@ -190,17 +190,20 @@ def test_stripes_of_inputs_in_bfloat16_sum_in_float32(weight, activation):
         np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
-def test_codes_do_not_stand_for_what_was_rounded_since():
+@pytest.mark.parametrize("activation", [None, BFloat16(), Int(8)], ids=str)
+def test_codes_do_not_stand_for_what_was_rounded_since(activation):
     """A weight that the function casts to float8 is met as that, not by its codes."""
     rng = np.random.default_rng(0)
-    leaf = quant.quantize(jnp.asarray(rng.normal(size=(1024, 16)), jnp.float32), Spec(Int(8)))
-    x = jnp.asarray(rng.normal(size=(3, 1024)), jnp.bfloat16)
+    w = jnp.asarray(rng.normal(size=(1024, 16)), jnp.float32)
+    leaf = quant.quantize(w, Spec(Int(8), activation))
+    x = jnp.asarray(rng.integers(-127, 128, size=(3, 1024)), jnp.bfloat16).at[:, 0].set(127)
 
     def f(w, x):
         return x @ w.astype(jnp.float8_e4m3fn).astype(jnp.bfloat16)
 
     wanted = np.asarray(f(leaf.materialise(), x), np.float64)
-    for name in ("striped", "bfloat16", "dense"):
+    assert activation is None or "float8_e4m3fn" in explain(f, leaf, x)[-1].how
+    for name in ("striped", "bfloat16", "integers", "dense"):
         y = np.asarray(computed(f, leaf, x, name)[1], np.float64)
         np.testing.assert_allclose(y, wanted, rtol=1e-2, atol=1e-2 * np.abs(wanted).max())
 
@@ -210,6 +213,40 @@ def test_a_bfloat16_model_is_measured_as_one():
     leaf = quant.quantize(jnp.ones((2048, 2048), jnp.bfloat16), Spec(Int(8)))
     how = explain(lambda w, x: x @ w, leaf, jnp.ones((8, 2048), jnp.bfloat16))[-1].how
     assert "`striped` on cpu (measured at 8×2048×2048" in how
+
+
+PAIRED = ["dense", "tiled_narrow", "tiled", "tiled_wide", "tiled_half"]
+
+
+@pytest.mark.parametrize("name", [f"paired_{name}" for name in PAIRED])
+def test_pairs_of_inputs_are_summed_in_float32(name):
+    """Even inputs add up to more than float16 has, odd ones to as much below zero."""
+    f = product(True)
+    w = jnp.tile(jnp.asarray([1.0, -1.0], jnp.float16), (640, 512))
+    x = jnp.full((3, 1024), 200.0, jnp.float16).at[:, 0].set(300.0)
+    leaf = quant.quantize(w, Spec(Int(4)), sites=sites(f, w, x))
+    how, y = computed(f, leaf, x, name)
+    assert f"`{name}` on cpu" in how
+    assert y.dtype == np.float16
+    np.testing.assert_array_equal(y, 100.0)
+
+
+@pytest.mark.parametrize("name", ["paired_dense", "paired_integers", "paired_bfloat16"])
+def test_pairs_of_no_rows(name):
+    activation = {"paired_integers": Int(8), "paired_bfloat16": BFloat16()}.get(name)
+    f, leaf, _ = operands(Spec(Int(4), activation), 1)
+    assert computed(f, leaf, jnp.zeros((0, 64)), name)[1].shape == (0, 384)
+
+
+def test_bfloat16_rounds_weights_that_have_no_integer_codes():
+    """On every platform, and where no time was measured."""
+    f, leaf, x = operands(Spec(quant.NF4(64), BFloat16()), 8, inputs=1024, outputs=128)
+    assert "`" not in explain(f, leaf, x)[-1].how  # the plain form everywhere
+    rounded = np.asarray(leaf.materialise().astype(jnp.bfloat16), np.float64)
+    wanted = np.asarray(x.astype(jnp.bfloat16), np.float64) @ rounded
+    np.testing.assert_allclose(lift(f)(leaf, x), wanted, rtol=1e-4, atol=1e-4)
+    wide = quant.quantize(jnp.ones((2048, 2048)), Spec(Int(8), BFloat16()))
+    assert "dense" not in explain(f, wide, jnp.ones((8, 2048)))[-1].how
 
 
 def test_stripes_end_with_groups():

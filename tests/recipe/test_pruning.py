@@ -362,10 +362,45 @@ def test_tickets_go_back_to_earlier_weights(tmp_path):
             "  - {stage: reconstruct, rewind: dense}",
             "integers do not train; rewind before `quantize`",
         ),
+        ("{stage: train, rewind: ''}", "at least 1 character"),
+        (
+            "{stage: sparsify, sparsity: {target: 0.5}}\n"
+            "  - {stage: train, rewind: dense}\n"
+            "  - {stage: reconstruct}",
+            "its line goes back to earlier weights: name the `teacher`",
+        ),
     ],
 )
 def test_tickets_that_make_no_sense(tmp_path, stage, words):
     path = tmp_path / "ticket.yaml"
     path.write_text(RECIPE + f"  - {stage}\n")
     with pytest.raises(recipe.RecipeError, match=words):
-        recipe.load(path)
+        config = recipe.load(path)
+        recipe.run(config, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_least_squares_leaves_alone_what_it_was_not_given(tmp_path):
+    first = "\n  - {stage: sparsify, name: scales, sparsity: {target: 0.5, where: '**/scale'}}\n"
+    last = "{method: least_squares, target: 0.5, calibration_batches: 2}"
+    path = tmp_path / "both.yaml"
+    text = RECIPE + first + f"  - {{stage: sparsify, name: last, epochs: 0, sparsity: {last}}}\n"
+    path.write_text(text)
+    models = recipe.run(recipe.load(path), tmp_path / "out", quiet=True).models
+    before, after = (dict(trees.items(models[name].params)) for name in ("scales", "last"))
+    scales = [path for path in after if path.endswith("scale")]
+    assert scales
+    for path in scales:
+        np.testing.assert_array_equal(after[path], before[path])
+        assert not np.asarray(after[path]).all()
+    assert share(models["last"]) == pytest.approx(0.5, abs=5e-3)
+
+
+def test_what_looks_at_data_prunes_before_integers(tmp_path):
+    path = tmp_path / "late.yaml"
+    quantized = "  - {stage: quantize, policy: [{weight: {bits: 8}}]}\n"
+    late = "{method: wanda, target: 0.5}"
+    path.write_text(RECIPE + quantized + f"  - {{stage: reconstruct, sparsity: {late}}}\n")
+    with pytest.raises(recipe.RecipeError, match="prune before the `quantize` stage"):
+        recipe.run(recipe.load(path), tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()

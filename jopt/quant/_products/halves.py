@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jopt.trace.layered import coarse_map, full_along
 
 from .._leaves.weights import QArray
-from .operands import Implementation, Operands, group_count
+from .operands import Implementation, Operands, group_count, summed_in
 
 
 def splits(o: Operands) -> bool:
@@ -27,6 +27,7 @@ def paired(o: Operands, inner: Implementation) -> jax.Array:
     """One product with the even columns, one with the odd ones."""
     both = halves(o)
     if o.turned:  # pairs lie along the inputs
+        o = o._replace(dtype=summed_in(o))
         one, other = (o._replace(x=o.x[:, i::2], leaf=half) for i, half in enumerate(both))
         return inner(one) + inner(other)
     return woven(*(inner(o._replace(leaf=half)) for half in both))
@@ -34,7 +35,8 @@ def paired(o: Operands, inner: Implementation) -> jax.Array:
 
 def woven(even: jax.Array, odd: jax.Array) -> jax.Array:
     """[rows, outputs] of the even and the odd outputs."""
-    return jnp.stack([even, odd], axis=-1).reshape(even.shape[0], -1)
+    rows, columns = even.shape
+    return jnp.stack([even, odd], axis=-1).reshape(rows, 2 * columns)
 
 
 def halves(o: Operands) -> tuple[QArray, QArray]:

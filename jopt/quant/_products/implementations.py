@@ -59,7 +59,7 @@ def possible(o: Operands) -> tuple[str, ...]:
         names += stripes * narrow
     elif whole and (coded or narrow) and groups and inputs // groups >= 16:
         names += ["grouped_bfloat16"] + ["grouped"] * coded
-    elif not coded:
+    elif o.leaf.activation is None:
         names += ["dense"] + ["padded_dense"] * (o.x.shape[0] == 1)
         names += [name for name, width in WIDTHS.items() if outputs > width]
         names += ["tiled_half"] * (outputs > 2 * max(WIDTHS.values()))

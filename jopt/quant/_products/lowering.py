@@ -185,6 +185,6 @@ def _chosen(
         # Only Nvidia has units for e4m3fn and e5m2 that XLA multiplies without a cast before.
         return (plain, "") if platform == "cuda" else ("dense", "no units for float8")
     wanted = backends.choices(platform).weights_alone
-    if wanted in possible and "integers" not in possible:
+    if plain == "dense" and wanted in possible:
         return wanted, "does not make the whole weight dense"
     return plain, "not measured"

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jopt.trace.layered import coarse_map, full_along
 
@@ -73,6 +74,11 @@ def codes_in_bfloat16(o: Operands) -> bool:
     rounded = {jnp.dtype(dtype) for dtype in (*o.leaf.via, o.leaf.value_dtype)}
     plain = rounded <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
     return o.grid is None and o.x.dtype == jnp.bfloat16 and (plain or bool(o.leaf.activation))
+
+
+def summed_in(o: Operands) -> np.dtype[Any]:
+    """The dtype of what is summed up to the result: at least float32."""
+    return np.promote_types(o.dtype, np.float32)
 
 
 def as_row(coarse: jax.Array, o: Operands) -> jax.Array:

@@ -74,6 +74,9 @@ def _product(call: Any, leaf: WeightLeaf, x: jax.Array, operation: Dot | Conv) -
     if not isinstance(leaf, QArray):
         call.say("a float product of dequantized values: it is being trained")
         return _simulated(x, leaf, operation)
+    if narrower := _rounded_since(leaf):
+        call.say(f"a float product of dequantized values: the function rounds them to {narrower}")
+        return _simulated(x, leaf, operation)
     if isinstance(leaf.activation, BFloat16):
         chosen = _plan(leaf, x, operation, "bfloat16")
         call.say(_told("a product in bfloat16 with sums in float32", chosen, "bfloat16"))
@@ -241,6 +244,12 @@ def _is_float8(leaf: QArray, contract: Sequence[int] | None) -> bool:
         return False
     both = isinstance(leaf.activation, FP8) and leaf.activation.kind == leaf.format.kind
     return both and shared_along(leaf.scale, contract)
+
+
+def _rounded_since(leaf: QArray) -> str:
+    """A dtype of fewer than 16 bits that the function has cast the weight to; else empty."""
+    cast = (jnp.dtype(dtype) for dtype in (*leaf.via, leaf.value_dtype))
+    return next((dtype.name for dtype in cast if dtype.itemsize < 2), "")
 
 
 def _check_calibrated(path: str, leaf: WeightLeaf) -> None:

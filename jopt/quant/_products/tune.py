@@ -118,7 +118,7 @@ def measured(
     x = jax.random.normal(keys[0], (rows, inputs))
     leaf = quantize(jax.random.normal(keys[1], (inputs, outputs)), KINDS[kind])
     programs = {}
-    for name in only or _names(leaf, x):
+    for name in [name for name in _names(leaf, x) if not only or name in only]:
         with use_implementation(name):
             programs[name] = jax.jit(lift(lambda w, x: x @ w)).lower(leaf, x).compile()
     least = dict.fromkeys(programs, float("inf"))

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jopt.trace.layered import coarse_map
 
@@ -22,6 +21,7 @@ from .operands import (
     over_inputs,
     padded,
     per_output,
+    summed_in,
     zeros,
 )
 
@@ -53,6 +53,9 @@ def paired_half(o: Operands) -> jax.Array:
     four: Any = jnp.asarray(4, both.dtype)
     coarse = [half.split()[1] for half in halves(o)]
     xs = jnp.stack([o.x[:, i::2] for i in (0, 1)]) if o.turned else jnp.stack([o.x, o.x])
+
+    if o.turned:  # pairs lie along the inputs
+        o = o._replace(dtype=summed_in(o))
 
     def product(turn: Any) -> jax.Array:
         shift, coarse, x = turn
@@ -106,7 +109,7 @@ def _striped(o: Operands, codes: jax.Array, leaves: tuple[QArray, ...], unpack: 
     """The products with one weight or more, whose codes are unpacked from the same array."""
     axis = 1 if o.turned else 0
     own = [o._replace(leaf=leaf) for leaf in leaves]
-    dtype = np.promote_types(o.dtype, np.float32)
+    dtype = summed_in(o)
     times_codes = _times_codes(o)
 
     def part(x: jax.Array, weight: Any) -> list[jax.Array]:
@@ -123,7 +126,8 @@ def _striped(o: Operands, codes: jax.Array, leaves: tuple[QArray, ...], unpack: 
     totals = over_inputs(o.x, weight, axis, STRIPE, part, begun)
     if times_codes is None:
         return totals
-    return [total * as_row(one.leaf.scale, one) for total, one in zip(totals, own, strict=True)]
+    scales = [as_row(one.leaf.scale, one).astype(dtype) for one in own]
+    return [total * scale for total, scale in zip(totals, scales, strict=True)]
 
 
 def _times_codes(o: Operands) -> Implementation | None:
