@@ -174,7 +174,7 @@ def _grouped(o: Operands, narrow: Any) -> jax.Array:
     x = jnp.moveaxis(o.x.reshape(o.x.shape[0], count, size), 1, 0)
     x_zero = None if o.grid is None else o.grid.zero_point
 
-    def apart(array: jax.Array | None) -> jax.Array | None:
+    def divided(array: jax.Array | None) -> jax.Array | None:
         """Codes, or an array as coarse as groups, with the groups first."""
         if array is None or array.shape[axis] == 1:
             return array if array is None else jnp.broadcast_to(array, (count, *array.shape))
@@ -191,6 +191,6 @@ def _grouped(o: Operands, narrow: Any) -> jax.Array:
         return total + part * (scale.T if o.turned else scale), None
 
     grid = (None if c is None else per_output(c, o) for c in o.leaf.grid[:2])
-    groups = (x, apart(o.leaf.codes), *(apart(c) for c in grid))
+    groups = (x, divided(o.leaf.codes), *(divided(c) for c in grid))
     total, _ = jax.lax.scan(add, zeros(o), groups)
     return total if o.grid is None else total * o.grid.scale
