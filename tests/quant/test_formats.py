@@ -1,5 +1,6 @@
 """Grids and codes of number formats against float64 NumPy, and what each format promises."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -117,6 +118,21 @@ def test_rounding_is_to_the_grid_and_by_half_a_step(x, format, exponent, shift):
         np.testing.assert_allclose(again, y, rtol=1e-6)
     refit = format.decode(format.encode(jnp.asarray(y, jnp.float32), grid), grid)
     np.testing.assert_array_equal(np.asarray(refit, np.float64), y)
+
+
+@settings(max_examples=60, deadline=None)
+@given(values, formats, st.integers(-149, 127), st.booleans())
+def test_values_of_the_grid_need_no_clipping(x, format, exponent, floor):
+    """Down to the smallest float and up to the largest; what floors may go one code too low."""
+    if floor:
+        format = dataclasses.replace(format, rounding="floor")
+    size = max(np.abs(x).max(), np.finfo(np.float32).tiny)
+    x = jnp.asarray(np.ldexp(x.astype(np.float64) / size, exponent), jnp.float32)
+    axes = (-2, -1) if format.granularity == "tensor" else (-2,)
+    grid = format.fit(x, axes)
+    codes = format.encode_own(x, grid)
+    np.testing.assert_array_equal(codes, format.encode(x, grid))
+    assert codes.min() >= format.low and codes.max() <= format.high
 
 
 @settings(max_examples=20, deadline=None)

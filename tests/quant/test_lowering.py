@@ -208,8 +208,9 @@ def test_codes_do_not_stand_for_what_was_rounded_since(activation):
         np.testing.assert_allclose(y, wanted, rtol=1e-2, atol=1e-2 * np.abs(wanted).max())
 
 
-def test_a_bfloat16_model_is_measured_as_one():
+def test_a_bfloat16_model_is_measured_as_one(monkeypatch):
     """Weights alone met by bfloat16 take the times of `a16`, and are not made dense."""
+    on_a_cpu_with(NEW, monkeypatch)
     leaf = quant.quantize(jnp.ones((2048, 2048), jnp.bfloat16), Spec(Int(8)))
     how = explain(lambda w, x: x @ w, leaf, jnp.ones((8, 2048), jnp.bfloat16))[-1].how
     assert "`striped` on cpu (measured at 8×2048×2048" in how
@@ -372,7 +373,39 @@ def test_the_nearest_measurement_chooses():
     assert (few.names[0], many.names[0]) == ("integers", "bfloat16")
 
 
-def test_every_choice_of_our_table_can_serve():
+NEW = {"avx2", "avx512_vnni", "avx512_bf16"}  # units of a CPU with fast products of bfloat16
+OLD = {"avx2"}
+
+
+def on_a_cpu_with(units, monkeypatch):
+    monkeypatch.setattr(timings, "cpu_units", lambda: frozenset(units))
+
+
+def test_products_of_bfloat16_count_where_there_are_units_for_them(monkeypatch):
+    case, names = lowering.Case("w8a8", 512, 1024, 1024), ("integers", "bfloat16", "dense")
+    chosen = []
+    for units in (NEW, {"amx_bf16"}, OLD, {"avx2", "avx512_vnni"}, set()):
+        on_a_cpu_with(units, monkeypatch)
+        chosen.append(lowering.plan(case, names, "integers").names[0])
+    assert chosen == ["bfloat16"] * 2 + ["integers"] * 3
+    for entry in timings.built_in()["cpu"].entries:
+        assert entry.microseconds  # no kind of product is left without a time
+        some = any("bfloat16" in name for name, _ in entry.microseconds)
+        assert some == ("a16" in entry.kind)
+
+
+def test_one_name_of_a_cpu_is_not_one_device(monkeypatch):
+    """A table of another machine of that name, with other units, is not taken."""
+    devices = []
+    for units in (NEW, OLD):
+        on_a_cpu_with(units, monkeypatch)
+        devices.append(timings.device.__wrapped__())
+    assert devices[0] == f"{devices[1]} and avx512_bf16 and avx512_vnni"
+
+
+@pytest.mark.parametrize("units", [NEW, OLD])
+def test_every_choice_of_our_table_can_serve(units, monkeypatch):
+    on_a_cpu_with(units, monkeypatch)
     for entry in timings.built_in()["cpu"].entries:
         assert {name for name, _ in entry.microseconds} <= set(NAMES)
     for spec in (Spec(Int(8), Int(8)), Spec(Int(4), Int(8)), Spec(GROUPS, Int(8)), Spec(Int(4))):

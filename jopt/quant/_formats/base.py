@@ -70,6 +70,10 @@ class Format(abc.ABC):
         As int32, or as float32 where codes are floats; `astype(container)` keeps them as they are.
         """
 
+    def encode_own(self, x: jax.Array, grid: Grid) -> jax.Array:
+        """`encode` of the values that the grid was made from, none of which lies outside it."""
+        return self.encode(x, grid)
+
     @abc.abstractmethod
     def inside(self, x: jax.Array, grid: Grid) -> jax.Array:
         """Where `x` has a code without clipping."""
@@ -188,6 +192,17 @@ class Int(Format):
     def encode(self, x: jax.Array, grid: Grid, *, key: jax.Array | None = None) -> jax.Array:
         """The codes of `x` as int32, clipped to the format's ends; `key` rounds stochastically."""
         return jnp.clip(self._place(x, grid, key), self.low, self.high).astype(jnp.int32)
+
+    def encode_own(self, x: jax.Array, grid: Grid) -> jax.Array:
+        """The codes of the values that the grid was made from; nearest ones need no clipping.
+
+        `|x| <= (n-1) scale` but for rounding, of a few units in the last place, and half a step
+        would have to be missing to reach another code. An affine grid's zero point is rounded, so
+        that its ends may lie half a step inside.
+        """
+        if self.symmetric and self.rounding == "nearest":
+            return self._place(x, grid, None).astype(jnp.int32)
+        return self.encode(x, grid)
 
     def inside(self, x: jax.Array, grid: Grid) -> jax.Array:
         """Where the code of `x` is not clipped."""

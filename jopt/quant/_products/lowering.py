@@ -72,8 +72,9 @@ def use_table(table: str | os.PathLike[str] | Timings) -> Iterator[None]:
 
     The table counts for what is traced inside the block, for the backend it was measured on; jopt's
     own table serves the rest. The environment variable `JOPT_PRODUCTS=FILE` does the same for a
-    whole process. Without either nothing is read from disk, so that results depend on nothing but
-    the program. What implementations of one product compute differs by rounding of float32 sums.
+    whole process. Without either no file of the user is read: the choice depends on the program and
+    on whether this machine's CPU has units for products of bfloat16, and on nothing else.
+    What implementations of one product compute differs by rounding of float32 sums.
 
     Args:
       table: a file that `jopt profile --tune` wrote, or the table itself. A file that is damaged,

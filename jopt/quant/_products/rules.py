@@ -234,7 +234,8 @@ def _operand(x: jax.Array, leaf: QArray, operation: Dot | Conv) -> tuple[jax.Arr
     if isinstance(leaf.activation, BFloat16):
         return x.astype(jnp.bfloat16), None
     grid = _activation_grid(x, leaf, operation)
-    codes = leaf.activation.encode(x, grid)
+    dynamic = leaf.range is None or leaf.activation.granularity == "token"
+    codes = (leaf.activation.encode_own if dynamic else leaf.activation.encode)(x, grid)
     return codes.astype(jnp.int8 if isinstance(leaf.activation, Int) else leaf.codes.dtype), grid
 
 

@@ -1,7 +1,8 @@
 """Tables of measured times: which implementation of a quantized product is fastest where.
 
 A table belongs to one backend and one kind of device. `jopt profile --tune` writes one; nothing is
-read unless `use_table` or the environment variable `JOPT_PRODUCTS` names the file.
+read unless `use_table` or the environment variable `JOPT_PRODUCTS` names the file. The one that comes
+with jopt is of a CPU with units for products of bfloat16; on others those products do not count.
 """
 
 import contextlib
@@ -20,6 +21,11 @@ from typing import Any
 import jax
 
 FORMAT = "jopt products 1"
+# What a CPU must have one of for products of bfloat16 to be fast: about half of float32's time with
+# such units, twice float32's without them.
+BFLOAT16_UNITS = frozenset({"avx512_bf16", "amx_bf16"})
+# Of what a CPU can do, what products get fast by.
+UNITS = frozenset({"avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +74,19 @@ def backend() -> str:
 
 @functools.cache
 def device() -> str:
-    """The kind of the default device; of a CPU, which JAX just calls `cpu`, its model and cores."""
+    """The kind of the default device; of a CPU, which JAX calls `cpu`, model, cores and units."""
     kind = jax.devices()[0].device_kind
     if backend() != "cpu":
         return kind
-    found = None
-    with contextlib.suppress(OSError):
-        text = pathlib.Path("/proc/cpuinfo").read_text()
-        found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    model = found.group(1) if found else platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores"
+    model = _of_cpu("model name") or platform.processor() or platform.machine()
+    units = " and ".join(sorted(UNITS & cpu_units()))  # one name may stand for several CPUs
+    return f"{model}, {os.cpu_count()} cores" + (f" with {units}" if units else "")
+
+
+@functools.cache
+def cpu_units() -> frozenset[str]:
+    """What the CPU of this machine can do, as Linux lists it; elsewhere nothing is known."""
+    return frozenset(_of_cpu("flags").split())
 
 
 def cache_path() -> pathlib.Path:
@@ -173,6 +182,15 @@ def read(path: str | os.PathLike[str]) -> Timings | None:
     return timings
 
 
+def _of_cpu(field: str) -> str:
+    """A field of what Linux says of the first core; empty where it says nothing."""
+    with contextlib.suppress(OSError):
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+        found = re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE)
+        return found.group(1) if found else ""
+    return ""
+
+
 def _ignored(name: str, why: str) -> None:
     warnings.warn(
         f"The table of products `{name}` is ignored: {why}.\n"
@@ -181,12 +199,25 @@ def _ignored(name: str, why: str) -> None:
     )
 
 
-@functools.cache
 def built_in() -> dict[str, Timings]:
-    """The tables that come with jopt, by backend."""
-    folder = pathlib.Path(__file__).parent
-    tables = (parse(path.read_text()) for path in sorted(folder.glob("measured_*.json")))
-    return {table.backend: table for table in tables}
+    """What jopt's own table says of this machine, by backend."""
+    return {"cpu": _shipped(bool(BFLOAT16_UNITS & cpu_units()))}
+
+
+@functools.cache
+def _shipped(bfloat16: bool) -> Timings:
+    """jopt's table, without products of bfloat16 where operands of another type can serve."""
+    table = parse((pathlib.Path(__file__).parent / "measured_cpu.json").read_text())
+    if bfloat16:
+        return table
+
+    def left(timing: Timing) -> Timing:
+        if "a16" in timing.kind:  # the activations are bfloat16 already
+            return timing
+        others = tuple(t for t in timing.microseconds if not t[0].endswith("bfloat16"))
+        return dataclasses.replace(timing, microseconds=others)
+
+    return dataclasses.replace(table, entries=tuple(map(left, table.entries)))
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Measures the implementations of quantized products on this machine, for a table of times."""
 
 import functools
+import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -89,9 +90,12 @@ def tune(
 
 
 def least_times(
-    functions: dict[str, Callable[[], Any]], rounds: int, seconds: float
+    functions: dict[str, Callable[[], Any]], rounds: int, seconds: float, seed: int = 0
 ) -> dict[str, float]:
-    """The least time of each function in seconds; they take turns. Each is called once before."""
+    """The least time of each function in seconds; each is called once before.
+
+    They take turns, in another order each round: what ran before has left its values in the caches.
+    """
     calls = {}
     for name, function in functions.items():
         jax.block_until_ready(function())
@@ -99,8 +103,11 @@ def least_times(
         jax.block_until_ready(function())
         calls[name] = max(1, round(seconds / max(time.perf_counter() - began, 1e-7)))
     least = dict.fromkeys(functions, float("inf"))
+    order, shuffled = list(functions), random.Random(seed)
     for _ in range(rounds):
-        for name, function in functions.items():
+        shuffled.shuffle(order)
+        for name in order:
+            function = functions[name]
             began = time.perf_counter()
             for _ in range(calls[name] - 1):
                 function()
@@ -122,10 +129,10 @@ def measured(
         with use_implementation(name):
             programs[name] = jax.jit(lift(lambda w, x: x @ w)).lower(leaf, x).compile()
     least = dict.fromkeys(programs, float("inf"))
-    for _ in range(min(rounds, PLACES)):
+    for place in range(min(rounds, PLACES)):
         leaf, x = jax.tree.map(jnp.copy, (leaf, x))
         calls = {name: functools.partial(program, leaf, x) for name, program in programs.items()}
-        found = least_times(calls, -(-rounds // PLACES), seconds)
+        found = least_times(calls, -(-rounds // PLACES), seconds, place)
         for name, seconds_each in found.items():
             least[name] = min(least[name], seconds_each)
     return Timing(kind, *shape, tuple((name, time * 1e6) for name, time in least.items()))
