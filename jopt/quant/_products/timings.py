@@ -1,8 +1,8 @@
 """Tables of measured times: which implementation of a quantized product is fastest where.
 
 A table belongs to one backend and one kind of device. `jopt profile --tune` writes one; nothing is
-read unless `use_table` or the environment variable `JOPT_PRODUCTS` names the file. The one that comes
-with jopt is of a CPU with units for products of bfloat16; on others those products do not count.
+read unless `use_table` or the environment variable `JOPT_PRODUCTS` names the file. The one that
+comes with jopt is of a CPU with units for products of bfloat16; on others those do not count.
 """
 
 import contextlib
