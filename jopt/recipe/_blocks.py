@@ -115,6 +115,7 @@ class CharTransformer(Block):
     width: Count = 128
     heads: Count = 4
     dropout: Probability = 0.0
+    gated: bool = Field(default=False, description="norms and perceptrons of LLaMA, not of GPT")
 
 
 Model = Annotated[ConvNet | SimpleCNN | CharTransformer, Field(discriminator="kind")]

@@ -57,6 +57,7 @@ def module(config: schema.Model, task: Task) -> Any:
                 heads=config.heads,
                 context=task.inputs.shape[-1],
                 dropout=config.dropout,
+                gated=config.gated,
             )
 
 

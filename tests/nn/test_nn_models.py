@@ -18,6 +18,7 @@ MODELS = {
     "resnet": (nn.ResNet((4, 8), blocks=1, classes=5), (8, 7, 3)),
     "short resnet": (nn.ResNet((4, 8), blocks=(0, 1), classes=5, strides=2), (9, 8, 1)),
     "transformer": (TRANSFORMER, (8,)),
+    "gated transformer": (TRANSFORMER.clone(gated=True), (8,)),
 }
 
 
@@ -270,8 +271,13 @@ def reference_transformer(params, tokens, heads):
     """The forward pass from the papers' formulas, in float64."""
 
     def norm(x, p):
+        if "bias" not in p:
+            return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"]
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
         return x * p["scale"] + p["bias"]
+
+    def dense(x, p):
+        return x @ p["kernel"] + p.get("bias", 0.0)
 
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     batch, time = tokens.shape
@@ -280,30 +286,46 @@ def reference_transformer(params, tokens, heads):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], p["layers"])
         h = norm(x, layer["attention_norm"])
         q, k, v = (
-            (h @ layer[n]["kernel"]).reshape(batch, time, heads, -1)
-            for n in ("query", "key", "value")
+            dense(h, layer[n]).reshape(batch, time, heads, -1) for n in ("query", "key", "value")
         )
         scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
         scores = np.where(np.tri(time, dtype=bool), scores, -np.inf)
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         mixed = np.einsum("bhqk,bkhd->bqhd", scores / scores.sum(-1, keepdims=True), v)
-        x = x + mixed.reshape(batch, time, -1) @ layer["out"]["kernel"] + layer["out"]["bias"]
-        h = norm(x, layer["mlp_norm"]) @ layer["up"]["kernel"] + layer["up"]["bias"]
-        h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
-        x = x + h @ layer["down"]["kernel"] + layer["down"]["bias"]
-    return norm(x, p["norm"]) @ p["head"]["kernel"] + p["head"]["bias"]
+        x = x + dense(mixed.reshape(batch, time, -1), layer["out"])
+        h = norm(x, layer["mlp_norm"])
+        up = dense(h, layer["up"])
+        if "gate" in layer:
+            gate = dense(h, layer["gate"])
+            h = gate / (1 + np.exp(-gate)) * up
+        else:
+            h = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+        x = x + dense(h, layer["down"])
+    return dense(norm(x, p["norm"]), p["head"])
 
 
-def test_transformer_equals_its_formulas_in_float64(key):
-    tokens = example((8,))
-    variables = start(TRANSFORMER, key, tokens)
+@pytest.mark.parametrize("gated", [False, True])
+def test_transformer_equals_its_formulas_in_float64(gated, key):
+    tokens, model = example((8,)), TRANSFORMER.clone(gated=gated)
+    variables = start(model, key, tokens)
     # Larger embeddings than it starts with, so that every part counts.
     rng = np.random.default_rng(1)
     variables = jax.tree.map(
         lambda leaf: np.asarray(leaf) + 0.1 * rng.standard_normal(leaf.shape, np.float32), variables
     )
-    expected = reference_transformer(variables["params"], tokens, TRANSFORMER.heads)
-    np.testing.assert_allclose(run(TRANSFORMER, variables, tokens), expected, rtol=1e-3, atol=1e-4)
+    expected = reference_transformer(variables["params"], tokens, model.heads)
+    np.testing.assert_allclose(run(model, variables, tokens), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_gated_layers_have_no_biases_and_a_third_matrix(key):
+    model = nn.CharTransformer(vocab=11, layers=2, width=16, heads=4, context=8, gated=True)
+    params = start(model, key, example((8,)))["params"]
+    assert not any(
+        "bias" in jax.tree_util.keystr(path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    )
+    shapes = {name: params["layers"][name]["kernel"].shape for name in ("gate", "up", "down")}
+    assert shapes == {"gate": (2, 16, 48), "up": (2, 16, 48), "down": (2, 48, 16)}
 
 
 def test_transformer_may_tie_its_embedding(key):
