@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from . import reductions
 from .layered import Layered
 from .rules import rule
 from .stats import Stat
@@ -114,12 +115,11 @@ def moments(activation: Activation) -> dict[str, Stat]:
     `largest` is that of |x|; `count` is how many x there were.
     """
     rows = activation.rows()
-    sizes = jnp.abs(rows)
     return {
         "sum": Stat(jnp.sum(rows, 1), "sum"),
-        "absolute": Stat(jnp.sum(sizes, 1), "sum"),
+        "absolute": Stat(jnp.sum(jnp.abs(rows), 1), "sum"),
         "square": Stat(jnp.sum(rows * rows, 1), "sum"),
-        "largest": Stat(jnp.max(sizes, 1, initial=0.0), "max"),
+        "largest": Stat(reductions.largest(rows, 1), "max"),
         "count": _count(rows),
     }
 

@@ -184,5 +184,9 @@ def test_what_is_refused():
         calibrate(apply, params, batches)
     with pytest.raises(ValueError, match=r"(?s)meets `a/kernel` has a NaN"):
         calibrate(apply, params, [(jnp.full((2, 8), jnp.nan),)], policy)
+    many = jnp.ones((512, 8)).at[500, 3].set(jnp.nan)  # more than XLA:CPU's `max` sees it among
+    for observer in ("minmax", "moving_average", "percentile", "mse", "entropy", "histogram"):
+        with pytest.raises(ValueError, match="has a NaN"):
+            calibrate(apply, params, [(many,)], policy, observer=observer)
     with pytest.raises(ValueError, match="matched none of 3 parameters"):
         calibrate(apply, params, batches, [("**/weight", W8A8)])

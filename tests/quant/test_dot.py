@@ -199,6 +199,16 @@ def test_a_nan_activation_shows():
     assert jnp.isnan(f(dynamic, x)).all()
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+def test_a_nan_shows_among_thousands(granularity):
+    """Where XLA:CPU's `max` loses it and what it saw before: a code of 1.2 would be beyond 127."""
+    leaf = quantize(jnp.eye(512), Spec(W8, Int(8, granularity=granularity)))
+    x = jnp.ones((8, 512)).at[0, 0].set(1.2).at[0, 128].set(jnp.nan)
+    y = jax.jit(lift(lambda w, x: x @ w))(leaf, x)
+    assert jnp.isnan(y[0]).all() and jnp.isnan(y).all() == (granularity == "tensor")
+    assert granularity == "tensor" or jnp.all(y[1:] == 1)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
     "function",

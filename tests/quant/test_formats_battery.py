@@ -188,6 +188,14 @@ def test_what_is_not_finite_shows(format, bad):
 
 
 @everywhere
+def test_a_nan_shows_in_as_many_values_as_xla_loses_it_in(format):
+    x = np.random.default_rng(1).normal(size=(4096, 1) if format.needs_values else (64, 64))
+    x = x.astype(np.float32)
+    x[-1, -1] = np.nan
+    assert np.isnan(np.asarray(faked(jnp.asarray(x), format))[-1, -1])
+
+
+@everywhere
 @pytest.mark.parametrize("value", [1.5, -2.0, 6e-5])
 def test_constants(format, value):
     y = np.asarray(faked(jnp.full((64, 6), value), format))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jopt import trees
+from jopt.trace import reductions
 from jopt.trace.flow import Flow, Node, Product, channels, flows, products
 from jopt.trace.scaling import Reader, Scaled, scaled
 
@@ -220,7 +221,7 @@ def _largest(array: jax.Array, axes: Sequence[int], layers: int) -> jax.Array:
     """The largest magnitude of each channel, of the array's rank."""
     kept = {*range(layers), *(axis % array.ndim for axis in axes)}
     rest = tuple(axis for axis in range(array.ndim) if axis not in kept)
-    return jnp.max(jnp.abs(jnp.asarray(array).astype(jnp.float32)), axis=rest, keepdims=True)
+    return reductions.largest(jnp.asarray(array), rest, keepdims=True)
 
 
 def laid(scale: jax.Array, match: Match, ndim: int, layers: int) -> jax.Array:

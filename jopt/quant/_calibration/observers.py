@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jopt.trace import reductions
+
 from .._formats.base import Format
 from .._leaves.weights import Range
 from . import histogram
@@ -344,10 +346,10 @@ OBSERVERS: dict[str, Callable[[], Observer]] = {
 def extremes(x: jax.Array, *, finite: bool = False) -> Extremes:
     """The lowest and highest of the last axis; `finite` leaves infinities and NaN out."""
     x = x.astype(jnp.float32)
-    low, high = x, x
-    if finite:
-        fits = jnp.isfinite(x)
-        low, high = jnp.where(fits, x, jnp.inf), jnp.where(fits, x, -jnp.inf)
+    if not finite:
+        return Extremes(*reductions.ends(x, -1, initial=(np.inf, -np.inf)))
+    fits = jnp.isfinite(x)
+    low, high = jnp.where(fits, x, jnp.inf), jnp.where(fits, x, -jnp.inf)
     return Extremes(
         jnp.min(low, axis=-1, initial=jnp.inf), jnp.max(high, axis=-1, initial=-jnp.inf)
     )

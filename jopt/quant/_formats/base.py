@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jopt.trace import Table
+from jopt.trace import Table, reductions
 from jopt.trace.layered import spread
 
 from .layout import grouped
@@ -177,8 +177,7 @@ class Int(Format):
         if self.symmetric:
             return mirrored(self, x, axes)
         x, axes, keep = sharing(self, x, axes)
-        low = jnp.min(x, axis=tuple(axes), keepdims=keep, initial=0.0)
-        return low, jnp.max(x, axis=tuple(axes), keepdims=keep, initial=0.0)
+        return reductions.ends(x, axes, keepdims=keep)
 
     def grid(self, low: jax.Array, high: jax.Array) -> Grid:
         """The grid that covers `[low, high]` and zero."""
@@ -273,7 +272,7 @@ def sharing(
 def mirrored(format: Format, x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     """The extent of a grid that is its own mirror image."""
     x, axes, keep = sharing(format, x, axes)
-    high = jnp.max(jnp.abs(x), axis=axes, keepdims=keep, initial=0.0)
+    high = reductions.largest(x, axes, keepdims=keep)
     return -high, high
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jopt.trace import reductions
+
 from .base import Format, Granularity, Grid, Rounding
 
 
@@ -43,9 +45,7 @@ class BFloat16(Format):
 
     def extent(self, x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
         """Lowest and highest value over `axes`, zero included."""
-        x = x.astype(jnp.float32)
-        low = jnp.min(x, axis=tuple(axes), keepdims=True, initial=0.0)
-        return low, jnp.max(x, axis=tuple(axes), keepdims=True, initial=0.0)
+        return reductions.ends(x, axes, keepdims=True)
 
     def grid(self, low: jax.Array, high: jax.Array) -> Grid:
         """A scale of one, whatever the range."""

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jopt.trace import reductions
+
 from .._formats.base import Format, Grid, Int
 from .._formats.floats import to_one
 from .layerwise import EXACT, Rounded, by_output, checked, fitted, nearest, over_layers, sound
@@ -95,7 +97,7 @@ def _matrix(
 ) -> Rounded:
     grid = fitted(format, weight)
     near, below, above = _neighbors(weight, format, grid)
-    unit = to_one(jnp.max(jnp.abs(weight), initial=0.0))
+    unit = to_one(reductions.largest(weight, range(weight.ndim)))
 
     def value(codes: jax.Array) -> jax.Array:
         return format.decode(codes, grid) * unit

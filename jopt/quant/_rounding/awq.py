@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jopt.trace import reductions
+
 from .._formats.base import Format, Grid
 from .._formats.floats import to_one
 from .._formats.layout import shared_axes
@@ -177,7 +179,7 @@ def _best(
     logs = jnp.where(live, jnp.log(jnp.where(live, magnitude, 1.0)), 0.0)
     middle = jnp.sum(logs) / jnp.maximum(jnp.sum(live, dtype=jnp.float32), 1.0)
     logs = jnp.where(live, logs - middle, 0.0)
-    rounding, unit = nearest(format), to_one(jnp.max(jnp.abs(weight), initial=0.0))
+    rounding, unit = nearest(format), to_one(reductions.largest(weight, range(weight.ndim)))
 
     def error(power: jax.Array) -> jax.Array:
         scales = jnp.exp(power * logs)[:, None]
@@ -198,7 +200,10 @@ def _clipped(
 ) -> Grid:
     """The grid of the best part of each interval, if that is better than the whole intervals."""
     low, high = format.extent(weight, shared_axes(format.granularity, 2, (-2,), 0))
-    shape, unit = (low.shape[0], low.shape[1]), to_one(jnp.max(jnp.abs(weight), initial=0.0))
+    shape, unit = (
+        (low.shape[0], low.shape[1]),
+        to_one(reductions.largest(weight, range(weight.ndim))),
+    )
 
     def off(grid: Grid) -> jax.Array:
         return (weight - _rounded(weight, format, grid)) * unit

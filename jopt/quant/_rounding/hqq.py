@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jopt.trace import reductions
 from jopt.trace.layered import spread
 
 from .._formats.base import Format, Grid
@@ -136,7 +137,7 @@ def _line(
     count = x.size / (shape[0] * shape[1])
     middle_x, middle_y = (pooled(v, shape) / count if free else jnp.zeros(shape) for v in (x, y))
     x, y = x - spread(middle_x, x.shape), y - spread(middle_y, y.shape)
-    unit = to_one(jnp.max(jnp.abs(x), initial=0.0))
+    unit = to_one(reductions.largest(x, range(x.ndim)))
     x, y = x * unit, y * unit
     square, product = pooled(x * x, shape), pooled(x * y, shape)
     slope = jnp.where(square > _SMALLEST, product / jnp.maximum(square, _SMALLEST), 1.0)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from jopt.trace import reductions
 from jopt.trace.sweep import EXACT as EXACT
 
 from .._formats.base import Format, Grid
@@ -81,7 +82,7 @@ def checked(
             "summed over."
         )
     hessian = hessian.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(hessian), axis=(-2, -1), keepdims=True, initial=0.0)
+    largest = reductions.largest(hessian, (-2, -1), keepdims=True)
     return weight, hessian * to_one(largest), format
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jopt import trees
-from jopt.trace import Site, collect, explain, merge, moments, watched
+from jopt.trace import Site, collect, explain, merge, moments, reductions, watched
 from jopt.trace import sites as sites_of
 from jopt.trace.program import program
 
@@ -232,7 +232,7 @@ def _largest(
 ) -> dict[str, jax.Array]:
     """The largest |x| of each input of each weight, over all batches."""
 
-    @jax.jit
+    @trees.jitted
     def observe(params: PyTree, inputs: Any) -> Any:
         def watch(path: str, leaf: Any) -> Any:
             if path not in chosen:
@@ -268,7 +268,11 @@ def _scales(
     if not measured:
         return None
     weights = [_largest_weight(trees.weight_of(_leaf(params, e)), e) for e in fold.weights]
-    return smoothquant_scales(jnp.stack(measured).max(0), jnp.stack(weights).max(0), alpha=alpha)
+    return smoothquant_scales(
+        reductions.largest(jnp.stack(measured), 0),
+        reductions.largest(jnp.stack(weights), 0),
+        alpha=alpha,
+    )
 
 
 def _by_input(largest: jax.Array, site: Site, edit: Edit, params: PyTree) -> jax.Array:
@@ -277,14 +281,14 @@ def _by_input(largest: jax.Array, site: Site, edit: Edit, params: PyTree) -> jax
     axes = sorted(axis % len(shape) - len(shape) for axis in site.contracted or ())
     split = largest.reshape(*shape[: edit.stack], -1, *(shape[axis] for axis in axes))
     rest = [edit.stack + 1 + k for k, axis in enumerate(axes) if axis not in edit.axes]
-    return _flat(jnp.max(split, axis=(edit.stack, *rest)), edit, sorted(edit.axes))
+    return _flat(reductions.largest(split, (edit.stack, *rest)), edit, sorted(edit.axes))
 
 
 def _largest_weight(weight: jax.Array, edit: Edit) -> jax.Array:
     """The largest |w| of each input."""
     kept = [axis % weight.ndim for axis in edit.axes]
     rest = [a for a in range(weight.ndim) if a >= edit.stack and a not in kept]
-    return _flat(jnp.max(jnp.abs(weight), axis=rest), edit, sorted(edit.axes)).astype(jnp.float32)
+    return _flat(reductions.largest(weight, rest), edit, sorted(edit.axes))
 
 
 def _flat(values: jax.Array, edit: Edit, order: Sequence[int]) -> jax.Array:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jopt import trees
-from jopt.trace import Stat, rule
+from jopt.trace import Stat, reductions, rule
 from jopt.trace.layered import shared_along
 
 from .._formats.base import Format, Int
@@ -162,11 +162,12 @@ def _activation(
 def _moments(x: jax.Array) -> tuple[Stat, ...]:
     """What `init_steps` wants to know of an activation."""
     x = x.astype(jnp.float32)
+    low, high = reductions.ends(x, range(x.ndim))
     return (
         Stat(jnp.sum(jnp.abs(x)), "sum"),
         Stat(jnp.sum(jnp.ones_like(x)), "sum"),
-        Stat(jnp.min(x, initial=0.0), "min"),
-        Stat(jnp.max(x, initial=0.0), "max"),
+        Stat(low, "min"),
+        Stat(high, "max"),
     )
 
 
