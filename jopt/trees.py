@@ -152,10 +152,27 @@ def bits_of(array: Any) -> int:
     return dtype.itemsize * 8
 
 
+def jitted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit` of a function whose arguments may hold functions, as Equinox modules do."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(known: tuple[Any, tuple[Any, ...]], arrays: list[Any]) -> Any:
+        structure, leaves = known
+        rest = iter(arrays)
+        return function(*structure.unflatten([next(rest) if f is None else f for f in leaves]))
+
+    def call(*args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        functions = tuple(leaf if callable(leaf) else None for leaf in leaves)
+        return run((structure, functions), [leaf for leaf in leaves if not callable(leaf)])
+
+    return call
+
+
 def size(params: PyTree) -> Size:
     """Counts parameters, nonzeros and bits, each leaf in its own format.
 
-    Runs outside `jit`, since it looks at values.
+    Runs outside `jit`, since it looks at values. Functions, as Equinox modules hold, count nothing.
 
     Example:
       >>> import jax.numpy as jnp, jopt
@@ -169,6 +186,8 @@ def size(params: PyTree) -> Size:
 def _size(leaf: Any) -> Size:
     if is_typed(leaf):
         return leaf.size()
+    if callable(leaf):
+        return Size(0, 0, 0)
     array = np.asarray(leaf)
     return Size(array.size, int(np.count_nonzero(array)), array.size * bits_of(leaf))
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given
@@ -122,10 +123,26 @@ def test_bits(dtype, bits):
     assert trees.size({"x": jnp.zeros(3, dtype)}) == expected
 
 
+def test_jitted_takes_functions():
+    traced = []
+
+    @trees.jitted
+    def run(tree, x):
+        traced.append(tree)
+        return tree["f"](x) + tree["w"]
+
+    tree = {"f": jnp.negative, "none": None, "w": jnp.ones(2)}
+    np.testing.assert_array_equal(run(tree, 3.0), [-2, -2])
+    np.testing.assert_array_equal(run(tree, 4.0), [-3, -3])
+    np.testing.assert_array_equal(run(tree | {"f": jnp.abs}, 4.0), [5, 5])
+    assert len(traced) == 2
+
+
 def test_size_adds_typed_leaves_in_their_own_formats():
     tree = {"x": Doubled(jnp.ones(8), jnp.ones(1)), "y": jnp.array([0.0, 1.0])}
     assert jopt.size(tree) == trees.Size(10, 9, 2 * 8 + 32 + 64)
     assert jopt.size({}) == trees.Size(0, 0, 0)
+    assert jopt.size({"x": jnp.ones(2), "f": jnp.tanh}) == trees.Size(2, 2, 64)
     assert jopt.size(tree).bytes == 14
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -47,6 +48,12 @@ class Budget:
     def __post_init__(self) -> None:
         """Checks that there is one limit."""
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        for name, limit in given.items():
+            if isinstance(limit, bool) or not isinstance(limit, numbers.Real):
+                raise TypeError(
+                    f"`Budget({name}={limit!r})`: a limit is a number, such as `Budget(bits=4.5)`, "
+                    f"not a `{type(limit).__name__}`."
+                )
         if len(given) != 1 or not all(0 < v < math.inf for v in given.values()):
             raise ValueError(
                 f"`Budget({', '.join(f'{k}={v}' for k, v in given.items())})`: give one positive "

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 
 from . import compat, stats
 from .frame import Frame, Tracked
-from .layered import Layered
+from .layered import Layered, repeated
 from .rules import structure
 from .through import placement
 from .walk import dense, evaluate, leaving, materialised, settled
@@ -353,7 +353,7 @@ def _stacked(value: Any, length: int, equation: Any) -> Any:
         if array.shape[:1] in ((), (1,)):  # shared by all layers, such as a whole tensor's scale
             return jnp.broadcast_to(array, (length, *array.shape[1:]))
         if isinstance(value.leaf, Layered) and length % array.shape[0] == 0:  # groups along it
-            return jnp.repeat(array, length // array.shape[0], axis=0)
+            return repeated(array, length // array.shape[0], 0)
         raise ValueError(
             f"`lift(apply)`: a scan over {length} slices (`{value.path}`, "
             f"{compat.source_of(equation)}) met a `{type(value.leaf).__name__}` that holds an "

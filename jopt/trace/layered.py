@@ -65,8 +65,16 @@ def spread(coarse: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Repeats groups, so that `coarse` broadcasts against `shape`; shared axes stay 1."""
     for axis, size in enumerate(shape):
         if coarse.shape[axis] not in (1, size):
-            coarse = jnp.repeat(coarse, size // coarse.shape[axis], axis=axis)
+            coarse = repeated(coarse, size // coarse.shape[axis], axis)
     return coarse
+
+
+def repeated(x: jax.Array, times: int, axis: int) -> jax.Array:
+    """`jnp.repeat`, also along an axis that is sharded over explicit axes of a mesh."""
+    axis %= x.ndim
+    before, after = x.shape[: axis + 1], x.shape[axis + 1 :]
+    wide = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*before, times, *after))
+    return wide.reshape(*before[:-1], before[-1] * times, *after)
 
 
 def coarse_row(coarse: jax.Array, at: Any, rows: int) -> jax.Array:
@@ -80,7 +88,7 @@ def full_along(coarse: jax.Array, shape: Sequence[int], axes: Sequence[int]) -> 
     """Repeats `coarse` to the whole size of `shape` along `axes`."""
     for axis in axes:
         if coarse.shape[axis] != shape[axis]:
-            coarse = jnp.repeat(coarse, shape[axis] // coarse.shape[axis], axis=axis)
+            coarse = repeated(coarse, shape[axis] // coarse.shape[axis], axis)
     return coarse
 
 

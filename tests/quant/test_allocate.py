@@ -172,6 +172,8 @@ def test_clear_errors():
         Budget()
     with pytest.raises(ValueError, match="one positive limit"):
         Budget(bits=4, bytes=100)
+    with pytest.raises(TypeError, match=r"a limit is a number, .* not a `str`"):
+        Budget(bits="4")
     with pytest.raises(ValueError, match="not finite"):
         params = PARAMS | {"first": PARAMS["first"].at[0, 0].set(jnp.nan)}
         allocate(apply, params, BATCHES, budget=Budget(bits=8.5), formats=FORMATS)

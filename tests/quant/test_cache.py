@@ -343,6 +343,17 @@ def test_what_cannot_be_done_says_why():
         lift(lambda c, x: c.at[..., 2].set(x))(full(), K[..., 0])
     with pytest.raises(ValueError, match="would make"):
         lift(lambda c: jnp.tanh(c))(full())
+    with pytest.raises(ValueError, match="the shape has 4 axes"):
+        kv_cache((1, 8, 2, 4), axes=(7,))
+    with pytest.raises(TypeError, match="stands for floats"):
+        kv_cache((1, 8, 2, 4), dtype=jnp.int32)
+    for shape in ((1, 3, 1, 4), (1, 3, 2, 3), (2, 3, 2, 4), (1, 9, 2, 4), (3, 2, 4)):
+        with pytest.raises(ValueError, match=r"do not fit into a cache of shape \(1, 8, 2, 4\)"):
+            kv_cache((1, 8, 2, 4)).update(jnp.ones(shape), 0)
+    with pytest.raises(ValueError, match="the cache has 4 axes"):
+        kv_cache((1, 8, 2, 4)).update(jnp.ones((1, 8, 2, 4)), 0, axis=4)
+    with pytest.raises(ValueError, match="must be alike"):
+        attend(Q, K[:, :, :0], V[:, :, :0])
 
 
 def linen_decoder():
@@ -450,6 +461,28 @@ def test_a_query_that_sees_nothing_gets_zeros():
     expected = attention(Q[:, live], rows(K), rows(V), np.asarray(mask)[live])
     assert_close(out[:, live], expected)
     assert not np.any(out[:, 1]) and np.all(np.isfinite(gradient)) and not np.any(gradient[:, 1])
+
+
+def test_a_cache_of_no_tokens_gives_zeros():
+    empty = kv_cache((B, 0, H, D))
+    np.testing.assert_array_equal(attend(Q, empty, empty), jnp.zeros_like(Q))
+    np.testing.assert_array_equal(attend(Q, K[:, :0], V[:, :0], mask=jnp.ones(0, bool)), 0 * Q)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"format": AFFINE}, {"format": FP8("e4m3")}, {"axes": (-2, -1)}, {"query": Int(8)}],
+)
+def test_a_token_that_nobody_sees_may_hold_anything(options, bad):
+    cache = kv_cache((B, L, 2, D), **options).update(K[:, :, :2], 0)
+    broken = cache.update(jnp.full((B, 1, 2, D), bad), L - 1)
+    seen = jnp.arange(L) < L - 1
+    for mask in (seen, seen[None, None], jnp.broadcast_to(seen, (B, H, 3, L))):
+        expected = attend(Q, cache, cache, mask=mask)
+        assert_close(jax.jit(attend)(Q, broken, broken, mask=mask), expected)
+        slope = jax.grad(lambda q, m=mask: jnp.sum(attend(q, broken, broken, mask=m)))(Q)
+        assert np.all(np.isfinite(slope))
 
 
 def test_positions_beyond_the_ends_are_those_of_dynamic_update_slice():

@@ -88,6 +88,33 @@ def test_formats_that_reshape_or_gather_run_on_explicit_axes(format, spec):
     np.testing.assert_array_equal(jax.jit(lambda w: w.materialise())(many), one.materialise())
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        NF4(64),
+        MX("mxint8"),
+        Int(4, granularity="group", group_size=64, symmetric=False),
+        Spec(Int(4, granularity="group", group_size=64), Int(8)),
+    ],
+    ids=["nf4", "mx", "groups", "w4a8"],
+)
+def test_groups_that_are_sharded_themselves(spec):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    w = jax.random.normal(jax.random.key(0), (512, 8))
+    x = jax.random.normal(jax.random.key(1), (4, 512))
+    store = jax.jit(lambda w: quantize({"w": w}, spec))
+    dense, product = jax.jit(lambda p: p["w"].materialise()), lift(lambda p, x: x @ p["w"])
+    one = store(w)
+    placed = jax.device_put(w, NamedSharding(mesh, PartitionSpec("data", None)))
+    with jax.set_mesh(mesh):
+        many = store(placed)
+        assert many["w"].scale.sharding.spec == PartitionSpec("data", None)
+        whole, y = dense(many), jax.jit(product)(many, jax.device_put(x, PartitionSpec()))
+    np.testing.assert_array_equal(many["w"].codes.astype(np.float32), one["w"].codes)
+    np.testing.assert_array_equal(whole, dense(one))
+    np.testing.assert_allclose(y, jax.jit(product)(one, x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["gptq", "smoothquant"])
 @pytest.mark.parametrize(
     "of_weights, of_inputs", [(("data", None), (None, None)), ((None, None), ("data", None))]

@@ -75,6 +75,14 @@ def test_without_a_compiler_for_kernels_the_product_is_dense():
     np.testing.assert_allclose(gradient[0], leaf.materialise().sum(1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (0, 0), (4, 0)])
+@pytest.mark.parametrize("format", [quant.NF4(4), Int(4, granularity="group", group_size=4)])
+def test_products_of_empty_weights(format, shape):
+    leaf = quant.quantize({"w": jnp.ones(shape)}, [("w", format)])["w"]
+    y = lift(lambda w, x: x @ w)(leaf, jnp.ones((3, shape[0])))
+    np.testing.assert_array_equal(y, np.zeros((3, shape[1])))
+
+
 def test_what_kernels_do_not_serve():
     x, leaf = operands("int8")
     flat = Operands(x, None, leaf, False, None, x.dtype)

@@ -348,6 +348,8 @@ def test_what_cannot_be_done_says_why():
         lora(PARAMS, "kernel/*", 2, key=KEY)
     with pytest.raises(ValueError, match="rank is a positive integer"):
         lora(PARAMS, WHERE, 0, key=KEY)
+    with pytest.raises(ValueError, match="alpha is a finite number"):
+        lora(PARAMS, WHERE, 2, alpha=float("nan"), key=KEY)
     with pytest.raises(ValueError, match="`bias` has shape"):
         lora({"bias": jnp.ones(3)}, "bias", 1, key=KEY)
     with pytest.raises(TypeError, match="only floating weights"):

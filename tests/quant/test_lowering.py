@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import stat
 import warnings
 
@@ -531,7 +532,8 @@ def test_long_sums_of_a_convolution_are_exact_where_they_are_of_floats():
 
 def test_a_table_on_disk(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "products.json"
-    found = quant.tune([(2, 64, 256), (2, 32, 256)], kinds=["w4-group"], rounds=1, seconds=0.0)
+    with pytest.warns(UserWarning, match="kinds in groups need 64 .* unlike 2x32x256"):
+        found = quant.tune([(2, 64, 256), (2, 32, 256)], kinds=["w4-group"], rounds=1, seconds=1e-6)
     assert [t.inputs for t in found.entries] == [64]  # groups of 64 do not divide 32
     quant.write_table(found, path)
     read = timings.read(path)
@@ -546,6 +548,9 @@ def test_a_table_on_disk(tmp_path, monkeypatch):
         (path.read_text().replace(timings.device(), "abacus"), "measured on 'abacus'"),
         (path.read_text().replace("64, 256]", "64]"), "one of its products is"),
         (path.read_text().replace('"w4-group"', "7"), "one of its products is"),
+        (path.read_text().replace("64, 256]", f"64, {10**400}]"), "one of its products is"),
+        (re.sub(r'"dense": [^,}]+', f'"dense": {10**400}', path.read_text()), "one of its prod"),
+        ("[" * 200_000, "it is no JSON"),
     ):
         path.write_text(text)
         with pytest.warns(UserWarning, match=why):
@@ -561,7 +566,25 @@ def test_a_table_on_disk(tmp_path, monkeypatch):
     assert lowering.plan(case, ("integers", "bfloat16"), "integers").names[0] == "bfloat16"
 
 
+def test_tables_are_made_of_lists_and_written_by_name(tmp_path):
+    entry = quant.Timing("w8a8", 64, 1024, 1024, [["integers", 2.0], ["bfloat16", 1.0]])
+    made = quant.Timings("cpu", "here", jax.__version__, [entry])
+    assert made == table(integers=2.0, bfloat16=1.0) and hash(made)
+    with use_table(made):
+        case = lowering.Case("w8a8", 64, 1024, 1024)
+        assert lowering.plan(case, ("integers", "bfloat16"), "integers").names[0] == "bfloat16"
+    quant.write_table(made, str(tmp_path / "products.json"))
+    assert timings.parse((tmp_path / "products.json").read_text()) == made
+
+
 def test_tune_refuses_what_it_cannot_measure():
+    for options in ({"rounds": 0}, {"seconds": 0.0}, {"seconds": float("nan")}):
+        with pytest.raises(ValueError, match="expected a positive"):
+            quant.tune([(1, 64, 64)], kinds=["w8"], **options)
+    with pytest.raises(ValueError, match=r"nothing to measure: kinds in groups .* 8x60x64"):
+        quant.tune([(8, 60, 64)], kinds=["w4-group"])
+    with pytest.raises(ValueError, match="nothing to measure: no shape is given"):
+        quant.tune([])
     with pytest.raises(ValueError, match=r"a shape is \(rows, inputs, outputs\), got \(1, 2\)"):
         quant.tune([(1, 2)])
     with pytest.raises(ValueError, match="'w9' is none of w8a8"):
@@ -582,6 +605,7 @@ def test_the_command_writes_a_table(tmp_path):
         assert timings.read(path) is not None
     for options, why in (
         (["--tune", "--shape", "2x32"], "expected ROWSxINPUTSxOUTPUTS"),
+        (["--tune", "--shape", "8x60x64", "--kind", "w4-group"], "nothing to measure"),
         ([], "needs a recipe"),
         (["digits", "--shape", "2x2x2"], "options of `--tune`"),
     ):

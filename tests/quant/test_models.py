@@ -8,7 +8,17 @@ from quant_reference import int8_products
 
 import jopt
 from jopt import trees
-from jopt.quant import FakeQuant, Int, QArray, Spec, calibrate, qat, quantize
+from jopt.quant import (
+    FakeQuant,
+    Int,
+    QArray,
+    Spec,
+    calibrate,
+    correct_biases,
+    qat,
+    quantize,
+    smooth,
+)
 from jopt.trace import lift, sites
 
 W8A8 = Spec(Int(8), Int(8))
@@ -140,6 +150,27 @@ def test_models_of_every_framework(make):
         y = jax.jit(lift(apply))(filled, x)
         assert np.abs(np.asarray(y) - wanted).max() < 0.03 * spread
         np.testing.assert_array_equal(apply(params, x), wanted)  # and the float model is untouched
+
+
+def test_a_module_that_holds_functions():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(8, 3, 16, 1, key=jax.random.key(0))
+
+    def apply(model, x):
+        return jax.vmap(model)(x)
+
+    rounded, report = calibrate(apply, model, [X], [("**/weight", Int(4))], method="gptq")
+    assert isinstance(rounded.layers[0].weight, QArray)
+    assert [row.bits for row in report if "activation" in row.path] == [0, 0]
+    assert np.all(np.isfinite(jopt.lift(apply)(rounded, X)))
+    static = Spec(Int(8), Int(8), static=True)
+    ranged, _ = calibrate(apply, model, [X], [("**/weight", static)])
+    corrected, _ = correct_biases(apply, model, ranged, [X])
+    assert corrected.activation is model.activation
+    assert np.all(np.isfinite(jopt.lift(apply)(ranged, X)))
+    smoothed, rows = smooth(apply, model, [X])
+    assert len(rows) == 2 and smoothed.activation is model.activation
+    np.testing.assert_allclose(jopt.lift(apply)(smoothed, X), apply(model, X), atol=1e-5)
 
 
 @pytest.mark.parametrize("format", [Int(8), Int(4, granularity="group", group_size=4)], ids=str)

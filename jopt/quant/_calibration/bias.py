@@ -159,7 +159,7 @@ def _errors(
 ) -> tuple[dict[str, jax.Array], tuple[Any, ...]]:
     """The mean error of each channel `[*layers, channels]`, and one batch of inputs."""
 
-    @jax.jit
+    @trees.jitted
     def observe(params: PyTree, quantized: PyTree, inputs: tuple[Any, ...]) -> Any:
         def compare(path: str, leaf: Any, other: Any) -> Any:
             if path not in coded:

@@ -269,7 +269,7 @@ def _pass(apply: Callable[..., Any], static: Iterable[str], bins: int) -> Callab
     """What one batch adds to the statistics: extremes, or histograms between given ends."""
     watched = frozenset(static)
 
-    @jax.jit
+    @trees.jitted
     def observe(params: PyTree, ends: dict[str, Range] | None, inputs: tuple[Any, ...]) -> Any:
         def watch(path: str, leaf: Any) -> Any:
             if path not in watched:

@@ -68,14 +68,30 @@ class Cache(Layered):
             beyond the end is moved back until they fit, so that they overwrite earlier tokens: no
             error can come from inside a compiled program, and the caller counts.
           axis: along which tokens lie.
+
+        Raises:
+          ValueError: if the values do not fit: another rank, other sizes than the cache's along any
+            axis but that of tokens, or more tokens than it holds.
         """
+        values, shape = jnp.asarray(values), self.codes.shape
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"`update(..., axis={axis})`: the cache has {len(shape)} axes.")
+        sizes = [*values.shape]
+        if len(sizes) == len(shape) and sizes[axis] <= shape[axis]:
+            sizes[axis] = shape[axis]
+        if tuple(sizes) != shape:
+            raise ValueError(
+                f"`update(values, position, axis={axis})`: values of shape {values.shape} do not "
+                f"fit into a cache of shape {shape}: the sizes are those of the cache along every "
+                "axis but that of tokens, and of tokens there are at most as many."
+            )
 
         def write(cache: Any, values: jax.Array, position: Any) -> Any:
             return jax.lax.dynamic_update_slice_in_dim(
                 cache, values.astype(cache.dtype), position, axis % cache.ndim
             )
 
-        return lift(write)(self, jnp.asarray(values), jnp.asarray(position))
+        return lift(write)(self, values, jnp.asarray(position))
 
     def storage(self) -> dict[str, tuple[Any, int]]:
         """The arrays to keep on disk, and the bits of one element, of which codes have few."""
@@ -113,13 +129,14 @@ def kv_cache(
     Args:
       shape: such as `"[batch, tokens, heads, size]"`, in any order.
       format: `Int`, `FP8`. Default: `Int(8)`.
-      axes: those that share a scale, counted from the end. Default: the last, the head's size.
+      axes: those that share a scale. Default: the last, the head's size.
       query: `Int` format of what meets the entries: queries, and probabilities times scales.
       dtype: that the entries have for the function that reads them.
 
     Raises:
-      TypeError: if the format is not `Int` or `FP8`.
-      ValueError: if it has groups, or rounds stochastically, or `query` cannot be served.
+      TypeError: if the format is not `Int` or `FP8`, or the dtype is not floating.
+      ValueError: if it has groups, or rounds stochastically, or `query` cannot be served, or the
+        shape lacks one of `axes`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -134,7 +151,18 @@ def kv_cache(
     """
     format = Int(8) if format is None else format
     _check(format, query)
-    shared = {axis % len(shape) for axis in axes}
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise TypeError(
+            f"`kv_cache(..., dtype={jnp.dtype(dtype)})`: a cache stands for floats, such as "
+            "`jnp.float32` or `jnp.bfloat16`; `format` says how they are stored."
+        )
+    rank = len(shape)
+    if not all(-rank <= axis < rank for axis in axes):
+        raise ValueError(
+            f"`kv_cache({tuple(shape)}, axes={tuple(axes)})`: the shape has {rank} axes; those "
+            f"that share a scale are from {-rank} to {rank - 1}."
+        )
+    shared = {axis % rank for axis in axes}
     coarse = [1 if axis in shared else n for axis, n in enumerate(shape)]
     affine = isinstance(format, Int) and not format.symmetric
     return Cache(
@@ -200,19 +228,28 @@ def attend(
       keys: `"[..., tokens, kv_heads, size]"`, where `kv_heads` divides `heads`.
       values: likewise.
       mask: booleans that broadcast to `"[..., heads, queries, tokens]"`; False is not looked at. A
-        query that may look at nothing gets zeros.
+        query that may look at nothing gets zeros. A token of a `Cache` that no query may look at
+        may hold anything, infinities and NaN too; else all values must be finite.
       scale: default `1 / sqrt(size)`.
 
     Returns:
       `"[..., queries, heads, size]"`. The softmax is computed in float32.
+
+    Raises:
+      ValueError: if keys and values differ in shape, or their heads do not divide the queries'.
     """
     size, heads = queries.shape[-1], queries.shape[-2]
-    factor = 1.0 / math.sqrt(size) if scale is None else scale
-    if heads % keys.shape[-2] or keys.shape != values.shape:
+    if keys.shape != values.shape or not keys.shape[-2] or heads % keys.shape[-2]:
         raise ValueError(
             f"`attend(queries, keys, values)`: keys {keys.shape} and values {values.shape} must be "
             f"alike, and their heads divide the {heads} of the queries."
         )
+    if 0 in (*queries.shape, keys.shape[-3]):  # nothing to look at, or nobody who does
+        return jnp.zeros_like(queries)
+    factor = 1.0 / math.sqrt(size) if scale is None else scale
+    if mask is not None:
+        seen = _seen(mask, heads, keys.shape[-2])
+        keys, values = _only(keys, seen), _only(values, seen)
 
     def attention(q: jax.Array, k: Any, v: Any, mask: jax.Array | None) -> jax.Array:
         grouped = q.reshape((*q.shape[:-2], k.shape[-2], heads // k.shape[-2], size)) * factor
@@ -224,6 +261,30 @@ def attend(
         return out.reshape(q.shape)
 
     return lift(attention)(queries, keys, values, mask)
+
+
+def _seen(mask: jax.Array, heads: int, kv_heads: int) -> jax.Array:
+    """Which tokens any query looks at, `"[..., tokens, kv_heads, 1]"`, each axis maybe 1."""
+    mask = jnp.asarray(mask, bool)
+    mask = mask.reshape((1,) * max(0, 3 - mask.ndim) + mask.shape).any(-2)
+    if mask.shape[-2] == heads:
+        mask = mask.reshape((*mask.shape[:-2], kv_heads, heads // kv_heads, -1)).any(-2)
+    return mask.swapaxes(-1, -2)[..., None]
+
+
+def _only(cache: Cache | jax.Array, seen: jax.Array) -> Cache | jax.Array:
+    """A cache whose unseen tokens are zeros, whatever they hold: zero times NaN would be NaN."""
+    if not isinstance(cache, Cache):
+        return cache
+    seen = seen.any(tuple(range(max(0, seen.ndim - cache.ndim))))
+    seen = seen.reshape((1,) * (cache.ndim - seen.ndim) + seen.shape)
+
+    def zeroed(array: jax.Array) -> jax.Array:
+        shared = [axis for axis, n in enumerate(array.shape) if n == 1]
+        return jnp.where(seen.any(tuple(shared), keepdims=True), array, jnp.zeros_like(array))
+
+    codes = zeroed(cache.codes) if isinstance(cache.format, FP8) else cache.codes
+    return dataclasses.replace(cache, codes=codes, scale=zeroed(cache.scale))
 
 
 def _softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -115,8 +115,8 @@ def lora(
 
     Raises:
       TypeError: if a matched leaf is not floating.
-      ValueError: if `where` matches nothing, the rank is not positive, or a leaf is a vector or has
-        adapters already.
+      ValueError: if `where` matches nothing, the rank is not positive, `alpha` is not finite, or a
+        leaf is a vector or has adapters already.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -137,6 +137,11 @@ def lora(
     marked = dict(trees.items(trees.select(params, where, caller="lora")))
     order = trees.paths(params)
     strength = rank if alpha is None else alpha
+    if not math.isfinite(strength):
+        raise ValueError(
+            f"`lora(params, where, {rank}, alpha={alpha!r})`: alpha is a finite number; leave it "
+            "out for the rank itself."
+        )
     scaling = strength / (math.sqrt(rank) if rank_stabilized else rank)
 
     def adapt(path: str, leaf: Any) -> Any:

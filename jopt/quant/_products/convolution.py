@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jopt.trace.layered import full_along
+from jopt.trace.layered import full_along, repeated
 
 from .._formats.base import Grid, Int
 from .._leaves.weights import QArray, WeightLeaf
@@ -85,7 +85,7 @@ def _integers(params: dict[str, Any], x: jax.Array, grid: Grid, leaf: QArray) ->
         sums = _convolve(params, x, ones, (size[0], 1))
         if zero is not None:
             sums = sums - zero * math.prod(kernel.shape[axis] for axis in window)
-        sums = jnp.repeat(sums, outputs // groups, axis=numbers.out_spec[1])
+        sums = repeated(sums, outputs // groups, numbers.out_spec[1])
         total = total - sums * on_features(leaf.zero_point.astype(jnp.int32))
     return total.astype(jnp.float32) * (on_examples(grid.scale) * on_features(leaf.scale))
 

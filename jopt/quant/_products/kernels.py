@@ -175,6 +175,8 @@ def _blocks(o: Operands, platform: str) -> _Blocks | None:
         return None
     if not isinstance(o.x.shape[0], int) or not 0 < o.x.shape[0] <= MOST_ROWS:
         return None
+    if 0 in codes.shape:
+        return None
     (inputs, outputs), groups = codes.shape, scale.shape[0]
     columns = outputs // 2 if o.leaf.format.bits <= 4 else outputs
     within = [size for size in SIZES if (inputs // groups) % size == 0]

@@ -14,6 +14,7 @@ import os
 import pathlib
 import platform
 import re
+import reprlib
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,8 @@ FORMAT = "jopt products 1"
 BFLOAT16_UNITS = frozenset({"avx512_bf16", "amx_bf16"})
 # Of what a CPU can do, what products get fast by.
 UNITS = frozenset({"avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"})
+# The largest size, and the longest time in microseconds, that a file may say: still exact floats.
+LARGEST = 2**53
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Timing:
     outputs: int  # of the weight
     microseconds: tuple[tuple[str, float], ...]  # by implementation
 
+    def __post_init__(self) -> None:
+        """Makes tuples of lists: a table is part of the keys of JAX's caches."""
+        object.__setattr__(self, "microseconds", tuple(map(tuple, self.microseconds)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
@@ -47,6 +54,10 @@ class Timings:
     device: str  # the kind of device, as JAX names it
     jax_version: str
     entries: tuple[Timing, ...]
+
+    def __post_init__(self) -> None:
+        """Makes a tuple of a list, as `Timing` does."""
+        object.__setattr__(self, "entries", tuple(self.entries))
 
     def nearest(self, kind: str, rows: int, inputs: int, outputs: int) -> Timing | None:
         """The measurement of this kind whose shape is nearest, in log space."""
@@ -97,8 +108,9 @@ def cache_path() -> pathlib.Path:
     return pathlib.Path(root) / "jopt" / name
 
 
-def write_table(timings: Timings, path: pathlib.Path) -> None:
+def write_table(timings: Timings, path: str | os.PathLike[str]) -> None:
     """Writes a table so that a reader sees the old file or the new one, never a part."""
+    path = pathlib.Path(path)
     rows = [
         {
             "kind": t.kind,
@@ -132,7 +144,7 @@ def parse(text: str) -> Timings:
     """
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON ({error})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f'its "format" is not "{FORMAT}"')
@@ -148,7 +160,7 @@ def parse(text: str) -> Timings:
 def _timing(row: Any) -> Timing:
     def positive(value: Any, kind: Any) -> bool:
         number = isinstance(value, kind) and not isinstance(value, bool)
-        return number and 0 < value < math.inf
+        return number and 0 < value <= LARGEST
 
     if isinstance(row, dict) and set(row) == {"kind", "shape", "microseconds"}:
         kind, shape, times = row["kind"], row["shape"], row["microseconds"]
@@ -163,7 +175,7 @@ def _timing(row: Any) -> Timing:
             rows, inputs, outputs = shape
             known = tuple((name, float(time)) for name, time in times.items())
             return Timing(kind, rows, inputs, outputs, known)
-    raise ValueError(f"one of its products is {str(row)[:200]}")
+    raise ValueError(f"one of its products is {reprlib.repr(row)}")
 
 
 def read(path: str | os.PathLike[str]) -> Timings | None:

@@ -1,8 +1,10 @@
 """Measures the implementations of quantized products on this machine, for a table of times."""
 
 import functools
+import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,15 +64,20 @@ def tune(
 
     Args:
       shapes: rows of the activation, inputs and outputs of the weight. `64` inputs or a multiple
-        are needed where weights are grouped; other shapes are left out there.
+        are needed where weights are grouped; other shapes are left out there, with a warning.
       kinds: of operands, such as `"w8a8"` or `"w4-group"`. Default: all.
-      rounds: how many.
-      seconds: how long one implementation runs in one round, about.
+      rounds: how many, at least one.
+      seconds: how long one implementation runs in one round, about; positive.
       report: called with each result as it comes.
 
     Raises:
-      ValueError: if a shape is not three positive integers, or a kind is unknown.
+      ValueError: if a shape is not three positive integers, a kind is unknown, `rounds` or
+        `seconds` is not positive, or nothing is left to measure.
     """
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"`tune(rounds={rounds!r})`: expected a positive integer, such as 10.")
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"`tune(seconds={seconds!r})`: expected a positive number, such as 0.003.")
     for shape in shapes:
         if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
             raise ValueError(f"`tune(...)`: a shape is (rows, inputs, outputs), got {shape!r}.")
@@ -78,14 +85,21 @@ def tune(
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"`tune(kinds=...)`: {kind!r} is none of {', '.join(KINDS)}.")
+    pairs = [(kind, shape) for kind in kinds for shape in dict.fromkeys(shapes)]
+    served = [pair for pair in pairs if _served(*pair)]
+    left_out = dict.fromkeys("x".join(map(str, s)) for kind, s in pairs if not _served(kind, s))
+    why = f"kinds in groups need {GROUP} inputs or a multiple, unlike {', '.join(left_out)}"
+    if not served:
+        raise ValueError(
+            f"`tune(...)`: nothing to measure: {why if left_out else 'no shape is given'}."
+        )
+    if left_out:
+        warnings.warn(f"`tune(...)` measures less than was asked for: {why}.", stacklevel=2)
     entries = []
-    for kind in kinds:
-        for shape in dict.fromkeys(shapes):
-            if kind.endswith("-group") and shape[1] % GROUP:
-                continue
-            entries.append(measured(kind, shape, rounds, seconds))
-            if report is not None:
-                report(entries[-1])
+    for kind, shape in served:
+        entries.append(measured(kind, shape, rounds, seconds))
+        if report is not None:
+            report(entries[-1])
     return timings.here(entries)
 
 
@@ -139,6 +153,11 @@ def measured(
 
 
 # Helpers, in order of use.
+
+
+def _served(kind: str, shape: Shape) -> bool:
+    """Whether weights of this kind can have this shape."""
+    return not kind.endswith("-group") or shape[1] % GROUP == 0
 
 
 def _names(leaf: QArray, x: jax.Array) -> list[str]:
