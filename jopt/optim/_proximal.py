@@ -55,7 +55,7 @@ def proximal_l1(
     """
 
     def prox(z: jax.Array, threshold: jax.Array) -> jax.Array:
-        return jnp.where(jnp.abs(z) <= threshold, 0, z - threshold * jnp.sign(z))
+        return jnp.where(jnp.abs(z) <= threshold, 0, z - threshold.astype(z.dtype) * jnp.sign(z))
 
     return _proximal(prox, strength, learning_rate, where, "proximal_l1")
 
@@ -69,7 +69,7 @@ def proximal_group_lasso(
 ) -> optax.GradientTransformation:
     """Lands on channels of zeros: the proximal step of `Σ √n · ‖w_g‖`, n the size of a group.
 
-        w_g ← z_g · max(1 - η · strength · √n / ‖z_g‖, 0),   z = w + u
+        w_g ← z_g · max(1 - η · strength · √n / ‖z_g‖, 0),   z = w + u,   ‖z_g‖² = Σ |z|²
 
     Args:
       strength: 0 or more, or a schedule of the step.
@@ -104,10 +104,14 @@ def proximal_group_lasso(
             return z
         others = tuple(i for i in range(z.ndim) if i != axis % z.ndim)
         size = np.float32(np.sqrt(z.size // z.shape[axis]))
-        norm = jnp.sqrt(jnp.sum(z * z, axis=others, keepdims=True))
-        gone = norm <= threshold * size
-        scale = 1 - threshold * size / jnp.where(gone, 1, norm)
-        return jnp.where(gone, 0, z * scale)
+        most = jnp.max(jnp.abs(z), axis=others, keepdims=True)
+        # Relative to the largest, whose square neither overflows nor vanishes.
+        unit = jnp.where((most > 0) & jnp.isfinite(most), most, 1)
+        squares = jnp.square(jnp.abs(z) / unit)
+        norm = unit * jnp.sqrt(jnp.sum(squares, axis=others, keepdims=True))
+        gone = (norm <= threshold * size) & (threshold > 0)
+        scale = 1 - threshold * size / jnp.where(norm == 0, 1, norm)
+        return jnp.where(gone, 0, z * scale.astype(z.dtype))
 
     caller = "proximal_group_lasso"
     return _proximal(prox, strength, learning_rate, where, caller, check=check)
@@ -152,7 +156,7 @@ def proximal_nuclear_norm(
     def prox(z: jax.Array, threshold: jax.Array) -> jax.Array:
         left, values, right = jnp.linalg.svd(z, full_matrices=False)
         values = jnp.maximum(values - threshold, 0)
-        return (left * jnp.expand_dims(values, -2)) @ right
+        return (left * jnp.expand_dims(values, -2).astype(left.dtype)) @ right
 
     caller = "proximal_nuclear_norm"
     return _proximal(prox, strength, learning_rate, where, caller, every=every)
@@ -197,7 +201,8 @@ def _proximal(
             now, move = wide(weight), wide(update)
             kind = np.promote_types(now.dtype, move.dtype)
             now = now.astype(kind)
-            there = prox(now + move.astype(kind), threshold.astype(kind))
+            real = jnp.finfo(kind).dtype  # of complex weights, that of their sizes
+            there = prox(now + move.astype(kind), threshold.astype(real))
             return jnp.where(there == 0, -now, there - now).astype(dtype)
 
         if every == 1:

@@ -5,14 +5,60 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def packed_axis(shape: tuple[int, ...]) -> int:
-    """The axis to pack, from the end: the largest of those that take the fewest bytes."""
+    """The axis to pack, from the end: of those that take the fewest bytes, the best to divide.
+
+    That is one whose words the most devices can share, counted in powers of two; of equal ones the
+    largest, then the first.
+    """
     whole = math.prod(shape)
     axes = [axis for axis in range(-len(shape), 0) if shape[axis]]
-    words = {axis: whole // shape[axis] * -(-shape[axis] // 8) for axis in axes}
-    return min(axes, key=lambda axis: (words[axis], -shape[axis], axis), default=0)
+    words = {axis: -(-shape[axis] // 8) for axis in axes}
+    return min(
+        axes,
+        key=lambda axis: (
+            whole // shape[axis] * words[axis],
+            -twos(words[axis]),
+            -shape[axis],
+            axis,
+        ),
+        default=-1 if shape else 0,
+    )
+
+
+def twos(number: int) -> int:
+    """The largest power of two that divides a positive number."""
+    return number & -number
+
+
+def devices_along(array: jax.Array, axis: int) -> int:
+    """How many devices share an axis, where the type says so: 1 under a mesh of `Auto` axes."""
+    place = jax.typeof(array).sharding
+    names = place.spec[axis] if len(place.spec) == array.ndim else None
+    names = () if names is None else names if isinstance(names, tuple) else (names,)
+    return math.prod(place.mesh.shape[name] for name in names)
+
+
+def whole(array: jax.Array, axis: int, length: int) -> jax.Array:
+    """Gathers an axis that a mesh of `Explicit` axes shares out in parts of runs of a length."""
+    devices = devices_along(array, axis)
+    if devices == 1 or not array.shape[axis] % (length * devices):
+        return array
+    place = jax.typeof(array).sharding
+    spec = list(place.spec)
+    spec[axis] = None
+    return jax.sharding.reshard(array, NamedSharding(place.mesh, PartitionSpec(*spec)))
+
+
+def placed(array: jax.Array, like: jax.Array) -> jax.Array:
+    """Undoes `whole`: where a mesh of `Explicit` axes has the other array of this shape."""
+    axes = range(like.ndim)
+    if all(devices_along(array, axis) == devices_along(like, axis) for axis in axes):
+        return array
+    return jax.sharding.reshard(array, jax.typeof(like).sharding)
 
 
 def eights(array: jax.Array, axis: int) -> jax.Array:
@@ -23,8 +69,13 @@ def eights(array: jax.Array, axis: int) -> jax.Array:
 
 
 def pack(pruned: jax.Array) -> jax.Array:
-    """Eight booleans to a byte, along `packed_axis`, the first in the lowest bit; padded."""
+    """Eight booleans to a byte, along `packed_axis`, the first in the lowest bit; padded.
+
+    Where a mesh of `Explicit` axes shares that axis out in parts that are no whole bytes, it is
+    gathered first.
+    """
     axis = packed_axis(pruned.shape)
+    pruned = whole(pruned, axis, 8)
     if rest := -pruned.shape[axis] % 8:
         at = axis + pruned.ndim
         pruned = jnp.pad(pruned, [(0, rest if i == at else 0) for i in range(pruned.ndim)])

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._patterns import Pattern
+from . import _bits
+from ._patterns import Pattern, is_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +26,20 @@ class Block(Pattern):
 
     Raises:
       ValueError: unless `shape` holds positive integers.
+      TypeError: unless it holds integers.
     """
 
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(self.shape))
-        if not self.shape or not all(isinstance(n, int) and n >= 1 for n in self.shape):
+        given: Any = self.shape
+        if not isinstance(given, Sequence | np.ndarray) or not all(map(is_integer, given)):
+            raise TypeError(
+                f"`Block({given!r})` expects integers in a tuple, the lengths of a block along the "
+                "last axes, as in `Block((4, 4))`."
+            )
+        object.__setattr__(self, "shape", tuple(int(n) for n in given))
+        if not self.shape or min(self.shape) < 1:
             raise ValueError(f"`Block({self.shape})` expects lengths of 1 or more, as in `(4, 4)`.")
 
     @property
@@ -65,10 +73,11 @@ class Block(Pattern):
             wide = jnp.broadcast_to(jnp.expand_dims(kept, at + 1), shape)
             kept = wide.reshape(*kept.shape[:at], kept.shape[at] * length, *kept.shape[at + 1 :])
             kept = jax.lax.slice_in_dim(kept, 0, scores.shape[at], axis=at)
-        return kept
+        return _bits.placed(kept, scores)
 
     def _pooled(self, x: jax.Array, first: int) -> jax.Array:
         for at, length in enumerate(self.shape, first):
+            x = _bits.whole(x, at, length)
             short = -x.shape[at] % length
             if short:
                 x = jnp.pad(x, [(0, short if i == at else 0) for i in range(x.ndim)])
@@ -102,11 +111,17 @@ class Channel(Pattern):
 
     Raises:
       ValueError: if `axis` is not negative.
+      TypeError: if it is no integer.
     """
 
     axis: int = -1
 
     def __post_init__(self) -> None:
+        if not is_integer(self.axis):
+            raise TypeError(
+                f"`Channel({self.axis!r})` expects an integer, an axis counted from the end, such "
+                "as -1."
+            )
         if self.axis >= 0:
             raise ValueError(
                 f"`Channel({self.axis})` expects an axis counted from the end, such as -1."
@@ -136,7 +151,7 @@ class Channel(Pattern):
         """Repeats each channel's mark over its weights."""
         at = scores.ndim + self.axis
         kept = kept.reshape([-1 if i == at else 1 for i in range(scores.ndim)])
-        return jnp.broadcast_to(kept, scores.shape)
+        return _bits.placed(jnp.broadcast_to(kept, scores.shape), scores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +160,13 @@ class Tree(Pattern):
 
     Every level has a part of the work. At sparsity s the first level prunes its units to the
     fraction `parts[0] · s`, rounded down, the next its own units to `(parts[0] + parts[1]) · s`,
-    where units already gone count and come first, and the last one to s. So the last level settles
-    the count, exactly where it is `Unstructured()`; only units that cut across each other can take
-    more than s before. What a unit has left is what its score is made of.
+    where units already gone count and come first, and the last one takes what is missing to s. So
+    the last level settles the count: exactly where it is `Unstructured()`, and to half a group's
+    loss where it is `NM`; all remaining groups are n:m only at the highest sparsity, which is above
+    that of `NM` alone. More than s goes where the levels before take more: units that cut across
+    each other or are of unlike sizes; and behind a rising schedule, where masks only grow, a coarse
+    unit that goes late takes weights beside those that went before (on a small weight with few
+    channels some percent). What a unit has left is what its score is made of.
 
     Attributes:
       levels: patterns from coarse to fine, two or more. All but the last take whole units; the last
@@ -190,8 +209,9 @@ class Tree(Pattern):
 
     @property
     def share(self) -> float:
-        """What the finest level allows."""
-        return self.levels[-1].share
+        """What the finest level allows within what the others leave."""
+        finest = self.levels[-1].share
+        return finest / (1 - (1 - self.parts[-1]) * (1 - finest))
 
     @property
     def along_inputs(self) -> bool:

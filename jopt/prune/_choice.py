@@ -6,15 +6,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jopt import trees
 from jopt.trace import Site
 
 from . import _scopes, _select, _threshold
+from . import _wide as wide
 from ._patterns import Pattern, Unstructured
 from ._scopes import Part
 from ._scores import Score, magnitude
 from ._select import Selection
+from ._wide import Wide
 
 PyTree = Any
 MAGNITUDE = magnitude(1)
@@ -37,24 +40,27 @@ class Plan(NamedTuple):
         kept: dict[int, jax.Array] = {}
         for part, level in zip(self.parts, levels, strict=True):
             own = [scores[i] for i in part.members]
-            kept.update(zip(part.members, self._part(own, level, part.members), strict=True))
+            kept.update(zip(part.members, self._part(own, level, part), strict=True))
         return [kept[i] for i in range(len(scores))]
 
-    def _part(self, scores: list[jax.Array], level: Any, members: Sequence[int]) -> list[jax.Array]:
-        axes = [self.axes[i] for i in members]
-        dense = [self.dense[i] for i in members]
-        shapes = [self.shapes[i] for i in members]
+    def levels(self, sparsity: Any, part: Part) -> list[Any]:
+        """The sparsity of each leaf of a part; not for the scope `"global"`."""
+        shapes = [self.shapes[i] for i in part.members]
+        dense = [self.dense[i] for i in part.members]
+        sizes = [self.selection.chosen_weights[i].size for i in part.members]
+        return _scopes.fractions(sparsity, self.scope, shapes, dense, sizes)
+
+    def _part(self, scores: list[jax.Array], level: Any, part: Part) -> list[jax.Array]:
+        axes = [self.axes[i] for i in part.members]
         gone: list[jax.Array] | None = None
         for pattern, reached in self.pattern.steps:
             if gone is not None:
                 pairs = zip(gone, scores, strict=True)
-                scores = [jnp.where(g, -jnp.inf, _wide(s)) for g, s in pairs]
-            part = level * reached if reached != 1 else level
-            levels = [part]
-            if self.scope != "global":
-                sizes = [score.size for score in scores]
-                levels = _scopes.fractions(part, self.scope, shapes, dense, sizes)
-            kept = _chosen(scores, levels, pattern, axes, self.scope, down=reached < 1)
+                scores = [jnp.where(g, -jnp.inf, _floats(s)) for g, s in pairs]
+            own = level * reached if reached != 1 else level
+            levels = [own] if self.scope == "global" else self.levels(own, part)
+            options = {"down": reached < 1, "settles": gone is not None and reached == 1}
+            kept = _chosen(scores, levels, pattern, axes, self.scope, **options)
             lost = [~k for k in kept]
             gone = lost if gone is None else [a | b for a, b in zip(gone, lost, strict=True)]
         assert gone is not None
@@ -111,7 +117,32 @@ class Choice:
         dense = _scopes.ends(selection, self.scope, sites, caller=caller)
         parts = _scopes.parts(selection, sparsity, caller=caller)
         shapes = _scopes.layers(selection, sites)
-        return Plan(selection, axes, parts, dense, shapes, self.pattern, self.scope)
+        plan = Plan(selection, axes, parts, dense, shapes, self.pattern, self.scope)
+        self._check_levels(plan)
+        return plan
+
+    def _check_levels(self, plan: Plan) -> None:
+        """Raises if the scope asks more of a leaf than the pattern prunes, where that is known."""
+        share = self.pattern.share
+        known = [
+            p for p in plan.parts if not (callable(p.sparsity) or isinstance(p.sparsity, Tracer))
+        ]
+        if self.scope == "global" or share == 1 or not known:
+            return
+        rows = zip(plan.selection.chosen_paths, plan.selection.chosen_weights, strict=True)
+        paths, weights = zip(*rows, strict=True)
+        over = []
+        for part in known:
+            for i, level in zip(part.members, plan.levels(part.sparsity, part), strict=True):
+                if weights[i].size and level > share * (1 + 1e-6):
+                    over.append(f"  `{paths[i]}`: {level:.6g}")
+        if over:
+            raise ValueError(
+                f'`{self.caller}(..., pattern={self.pattern}, scope="{self.scope}")`: the pattern '
+                f"prunes at most a fraction of {share:.6g}, and the scope asks more of {len(over)} "
+                f"of {len(paths)} weights:\n" + "\n".join(over) + "\nLower `sparsity`, or take "
+                '`scope="layer"` (each leaf alike) or `"global"`.'
+            )
 
 
 def ranked(score: Score, state: PyTree, weights: PyTree, *, caller: str) -> list[jax.Array]:
@@ -144,15 +175,50 @@ def _chosen(
     scope: str,
     *,
     down: bool,
+    settles: bool,
 ) -> list[jax.Array]:
+    """The masks by one pattern; `settles`: the last of several, after what the others took."""
     units = [pattern.units(score, axis) for score, axis in zip(scores, axes, strict=True)]
     sizes = [unit.size for unit in units]
     together = scope == "global"
-    lowest = _scopes.counts(levels, pattern.share, [sum(sizes)] if together else sizes, down=down)
+    if settles and pattern.share < 1:
+        lowest = _rest(scores, units, levels, pattern.share, together=together)
+    else:
+        wholes = [sum(sizes)] if together else sizes
+        lowest = _scopes.counts(levels, pattern.share, wholes, down=down)
     kept = _threshold.keep(_threshold.common(units), lowest, together=together)
     triples = zip(kept, scores, axes, strict=True)
     return [pattern.spread(mask, score, axis) for mask, score, axis in triples]
 
 
-def _wide(scores: jax.Array) -> jax.Array:
+def _rest(
+    scores: list[jax.Array],
+    units: list[jax.Array],
+    levels: list[Any],
+    share: float,
+    *,
+    together: bool,
+) -> Wide:
+    """How many units go, those gone already first, for all to lose what the levels ask for.
+
+    A unit that is gone has lost all of its weights, and one that goes now a share of them.
+    """
+
+    def counted(arrays: list[jax.Array]) -> Wide:
+        each = jnp.stack([_threshold.count(jnp.isneginf(array)) for array in arrays])
+        return jax.tree.map(lambda x: x[None], wide.total(each)) if together else wide.widen(each)
+
+    def sizes(arrays: list[jax.Array]) -> list[int]:
+        each = [array.size for array in arrays]
+        return [sum(each)] if together else each
+
+    members = next((s.size // u.size for s, u in zip(scores, units, strict=True) if u.size), 1)
+    lost = round(share * members)
+    wanted = _scopes.counts(levels, 1.0, sizes(scores))
+    left = wide.remainder(wanted, counted(scores))
+    more = wide.quotient(wide.add(left, wide.wide_like(left, lost // 2)), lost)
+    return wide.minimum(wide.add(counted(units), more), wide.wide(sizes(units)))
+
+
+def _floats(scores: jax.Array) -> jax.Array:
     return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))

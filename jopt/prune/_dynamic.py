@@ -68,7 +68,9 @@ def rigl(
 
     of its weights, those of least magnitude, and gains as many, those of the largest gradient among
     all that are then pruned. A weight that comes back is zero, and so are its moments. The number
-    of weights in a leaf never changes.
+    of weights in a leaf never changes. Under a `Block` it is the number of blocks that stays: where
+    blocks do not divide the shape, those at the far edge are smaller, and the number of weights
+    changes as they come and go.
 
     The first step begins from the parameters as they are, dense ones maybe, and lands on the masks;
     `prune.apply_masks(params, prune.masks_of(tx.init(params)))` starts sparse. Put clipping and
@@ -144,7 +146,7 @@ def set(
     """Trains a sparse network whose weights move at random (sparse evolutionary training).
 
     As `rigl`, but each move takes the same share `drop` of a leaf's weights, those of least
-    magnitude, and gains as many at random.
+    magnitude, and gains as many at random (as many blocks, some of which may be smaller).
 
     Args:
       sparsity: the fraction of weights to prune, in [0, 1), or a policy of numbers, as of `masks`.

@@ -10,7 +10,7 @@ import optax
 
 from jopt import trees
 
-from . import _packed
+from . import _bits, _packed
 from ._packed import Words
 from ._select import Selection
 
@@ -28,7 +28,9 @@ def needed(params: PyTree | None, caller: str) -> PyTree:
 
 def pruned(words: Words, selection: Selection) -> list[jax.Array]:
     """Booleans from bits, shaped like the chosen weights."""
-    return _packed.unpack_all(words, [jnp.shape(weight) for weight in selection.chosen_weights])
+    weights = selection.chosen_weights
+    found = _packed.unpack_all(words, [jnp.shape(weight) for weight in weights])
+    return [_bits.placed(mask, weight) for mask, weight in zip(found, weights, strict=True)]
 
 
 def landed(updates: PyTree, gone: Sequence[jax.Array], selection: Selection) -> PyTree:
@@ -65,10 +67,13 @@ def zeroed(tree: PyTree, gone: Sequence[jax.Array], selection: Selection) -> PyT
 def forgotten(
     tx: optax.GradientTransformation,
     state: PyTree,
+    params: PyTree,
     gone: Sequence[jax.Array],
     selection: Selection,
 ) -> PyTree:
-    """An optimizer's state with zeros where weights are pruned.
+    """An optimizer's state with what it starts from where weights are pruned: zeros, mostly.
+
+    `params` are zero there already.
 
     Whatever is shaped like a weight counts: moments, traces, averages, the other sequence of
     `schedule_free`; also with axes before it, as a history has. Factored statistics stay.
@@ -78,7 +83,10 @@ def forgotten(
         none = jax.tree.map(lambda x: np.zeros((), bool), leaf)
         found.append(trees.with_weight(none, next(own)) if mine else none)
 
+    starts: list[Any] = []
+
     def forget(kept: Any, zero: Any) -> Any:
+        fresh: Any = next(first, None)
         zero = trees.weight_of(zero)
         if _is_masked(kept) or not jnp.ndim(zero):
             return kept
@@ -88,10 +96,16 @@ def forgotten(
         if tail != jnp.shape(zero):
             return kept
         shape = (1,) * (jnp.ndim(kept) - jnp.ndim(zero)) + jnp.shape(zero)
-        return jnp.where(zero.reshape(shape), jnp.zeros_like(kept), kept)
+        if jnp.shape(fresh) != jnp.shape(kept):
+            fresh = jnp.zeros_like(kept)
+        return jnp.where(zero.reshape(shape), fresh.astype(kept.dtype), kept)
 
     marks = selection.treedef.unflatten(found)
     try:
+        start = _start(tx, params)
+        if jax.tree.structure(start) == jax.tree.structure(state):
+            optax.tree_utils.tree_map_params(tx, starts.append, start, is_leaf=_is_masked)
+        first = iter(starts)
         return optax.tree_utils.tree_map_params(tx, forget, state, marks, is_leaf=_is_masked)
     except ValueError as error:
         raise ValueError(
@@ -112,17 +126,20 @@ def stepped(
 ) -> tuple[PyTree, PyTree]:
     """A step of the optimizer inside, as if pruned weights were not there.
 
-    Their gradients, their moments and they themselves are zero to it. So clipping and trust ratios
-    are of what is left, a NaN in a pruned weight's gradient does not spread, and a weight that
-    comes back starts from zero with fresh moments.
+    Their gradients and they themselves are zero to it, and their moments as at the start. So
+    clipping and trust ratios are of what is left, a NaN in a pruned weight's gradient does not
+    spread, and a weight that comes back starts from zero with fresh moments.
     """
-    state = forgotten(tx, state, gone, selection)
-    return tx.update(
-        zeroed(grads, gone, selection),
-        state,
-        zeroed(params, gone, selection),
-        **extra_args,
-    )
+    params = zeroed(params, gone, selection)
+    state = forgotten(tx, state, params, gone, selection)
+    return tx.update(zeroed(grads, gone, selection), state, params, **extra_args)
+
+
+def _start(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
+    try:
+        return tx.init(params)
+    except jax.errors.ConcretizationTypeError:  # it looks at values
+        return None
 
 
 def _is_masked(node: Any) -> bool:

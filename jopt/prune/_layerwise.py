@@ -57,7 +57,8 @@ def layer_by_layer(
         if not all(bool(jnp.all(jnp.isfinite(stat))) for stat in jax.tree.leaves(stop.stats)):
             raise ValueError(
                 f"`{caller}(...)`: the activations that meet `{name_of(stop)}` have a NaN or an "
-                "infinity.\nCheck the batches, and the parameters before it."
+                "infinity, or the sum of their squares is beyond float32 (3e38).\nCheck the "
+                "batches, and the parameters before it; scale down activations above 1e18."
             )
         new = settle(stop)
         parts[stop.path][stop.index] = new

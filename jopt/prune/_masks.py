@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 from jopt import trees
@@ -198,11 +199,7 @@ def is_dense(mask: Any) -> bool:
 def aligned(masks: PyTree, params: PyTree, *, caller: str) -> list[Any]:
     """The mask of each leaf of `params`, a typed leaf having one; shapes are checked."""
     try:
-        full = jax.tree.map(
-            lambda mask, below: jax.tree.map(lambda leaf: mask, below, is_leaf=trees.is_typed),
-            masks,
-            params,
-        )
+        full = _spread(masks, params)
     except ValueError as error:
         raise ValueError(
             f"`{caller}(...)`: the masks have another structure than `params`:\n{error}"
@@ -219,6 +216,17 @@ def aligned(masks: PyTree, params: PyTree, *, caller: str) -> list[Any]:
                 "its weight."
             )
     return found
+
+
+def _spread(masks: PyTree, params: PyTree) -> PyTree:
+    """A mask for each leaf; nothing for what `optax.masked` left out, be it a whole subtree."""
+    if isinstance(params, optax.MaskedNode):
+        return params
+    if jax.tree_util.all_leaves([masks]):
+        return jax.tree.map(lambda leaf: masks, params, is_leaf=trees.is_typed)
+    children, treedef = jax.tree.flatten(masks, is_leaf=lambda node: node is not masks)
+    pairs = zip(children, treedef.flatten_up_to(params), strict=True)
+    return treedef.unflatten([_spread(mask, below) for mask, below in pairs])
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

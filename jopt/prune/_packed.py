@@ -26,9 +26,9 @@ Words = list[jax.Array] | jax.Array  # of each chosen weight, or one array for a
 class Packed(NamedTuple):
     """Masks as bits, 1 where pruned. `masks_of` finds it in any optimizer state.
 
-    Words have the rank of their weight: one axis, the largest of those that waste no bits, shrinks
-    to an eighth, the others stay. So a weight's sharding does for its words where it divides that
-    eighth.
+    Words have the rank of their weight: one axis shrinks to an eighth, the others stay. Of the axes
+    that waste no bits it is the one whose words the most devices can share (in powers of two). So a
+    weight's sharding does for its words where it divides that eighth.
     """
 
     words: PyTree  # uint8, an array for each array of params; zeros for leaves that stay dense
@@ -139,7 +139,10 @@ def with_words(packed: Packed | Pooled, selection: Selection, words: Words) -> P
 def pack_all(gone: Sequence[jax.Array], *, pooled: bool) -> Words:
     """The words of booleans, True where pruned."""
     words = [pack(mask) for mask in gone]
-    return jnp.concatenate([word.reshape(-1) for word in words]) if pooled else words
+    if not pooled:
+        return words
+    flat = [word.reshape(-1) for word in words]
+    return jnp.concatenate(flat) if flat else jnp.zeros(0, jnp.uint8)
 
 
 def unpack_all(words: Words, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:

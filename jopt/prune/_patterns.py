@@ -7,11 +7,13 @@ and from which leaves, is the scope's affair; which units, the score's.
 import abc
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import _bits
 from ._threshold import sortable
 
 
@@ -47,6 +49,11 @@ class Pattern(abc.ABC):
     @abc.abstractmethod
     def spread(self, kept: jax.Array, scores: jax.Array, axis: int) -> jax.Array:
         """The mask of the weights, given which units stay whole."""
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer, NumPy's included, and no boolean."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +98,18 @@ class NM(Pattern):
 
     Raises:
       ValueError: unless `1 <= n < m`.
+      TypeError: unless they are integers.
     """
 
     n: int
     m: int
 
     def __post_init__(self) -> None:
+        if not (is_integer(self.n) and is_integer(self.m)):
+            raise TypeError(
+                f"`NM({self.n!r}, {self.m!r})` expects two integers: `n` weights kept of every "
+                "`m`, as in `NM(2, 4)`."
+            )
         if not 1 <= self.n < self.m:
             raise ValueError(
                 f"`NM({self.n}, {self.m})` expects `1 <= n < m`: `n` weights kept of every `m`."
@@ -131,10 +144,11 @@ class NM(Pattern):
     def spread(self, kept: jax.Array, scores: jax.Array, axis: int) -> jax.Array:
         """Prunes the lowest of every group that does not stay whole."""
         mask = jnp.expand_dims(kept, axis) | ~self._lost(scores, axis)
-        return mask.reshape(scores.shape)
+        return _bits.placed(mask.reshape(scores.shape), scores)
 
     def _groups(self, scores: jax.Array, axis: int) -> jax.Array:
         """[..., in, ...] to [..., in / m, m, ...]; `axis`, from the end, is then inside a group."""
+        scores = _bits.whole(scores, axis, self.m)
         at = scores.ndim + axis
         shape = (*scores.shape[:at], scores.shape[at] // self.m, self.m, *scores.shape[at + 1 :])
         return scores.reshape(shape)

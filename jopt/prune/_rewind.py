@@ -22,10 +22,10 @@ def rewind(
 ) -> tuple[PyTree, PyTree]:
     """Takes the masks of a trained network back to an earlier checkpoint of its training.
 
-    Weights are those of the checkpoint, zero where pruned; so are moments and whatever else the
-    optimizer keeps for each weight; counts, and with them schedules, stand where they stood. Masks
-    inside the state (of `sparsify`, `hold`, `rigl`, ...) become the given ones. A pure function:
-    the same checkpoint may be rewound again and again, as iterative pruning does.
+    Weights are those of the checkpoint, zero where pruned; moments and whatever else the optimizer
+    keeps for each weight stand there as at the start; counts, and with them schedules, stand where
+    they stood. Masks inside the state (of `sparsify`, `hold`, `rigl`, ...) become the given ones. A
+    pure function: the same checkpoint may be rewound again and again, as iterative pruning does.
 
     A chain without masks of its own goes on with them as `optax.chain(tx, prune.hold(masks))`, with
     state `(opt_state, prune.hold(masks).init(params))`.
@@ -70,13 +70,14 @@ def rewind(
         )
     ]
     _check(tx, params, opt_state)
-    state = _landing.forgotten(tx, opt_state, gone, selection)
+    params = _landing.zeroed(params, gone, selection)
+    state = _landing.forgotten(tx, opt_state, params, gone, selection)
     state = jax.tree.map(
         lambda node: _replaced(node, gone, selection) if is_packed(node) else node,
         state,
         is_leaf=is_packed,
     )
-    return _landing.zeroed(params, gone, selection), state
+    return params, state
 
 
 # Helpers, in order of use.

@@ -3,6 +3,8 @@
 What reaches the end of a chain are updates, not gradients. So these scores take gradients from
 where they are: from `sparsify(..., inner=tx)`, which stands before the optimizer; from the extra
 argument `grad=`, as optax's line searches do; or from the caller, for `masks`.
+
+Scores that run over the steps pass over what is not finite: one NaN, kept, would decide for good.
 """
 
 from typing import Any
@@ -69,7 +71,8 @@ def taylor(grads: PyTree | None = None, *, decay: float = 0.0) -> Score:
 
         s ← decay · s + (1 - decay) · |g · w|,
 
-    kept in float32 beside the masks.
+    kept in float32 beside the masks. A step at which `g · w` is not finite leaves the weight's mean
+    as it is.
 
     Args:
       grads: the gradients, in the structure of the parameters; `None` takes those of the step.
@@ -106,8 +109,9 @@ def movement(grads: PyTree | None = None) -> Score:
     """Scores a weight by how far it moved away from zero, `s ← s - g · w` summed over the steps.
 
     A weight that the gradient drives towards zero has a negative score and goes first. The sum
-    starts with training. To let pruned weights come back, use `sparsify(..., regrow=True)` with
-    `straight_through` in the loss: a weight at zero moves nowhere.
+    starts with training; what is not finite is not added. To let pruned weights come back, use
+    `sparsify(..., regrow=True)` with `straight_through` in the loss: a weight at zero moves
+    nowhere.
 
     Args:
       grads: the gradients of one step, in the structure of the parameters; `None` adds up those of
@@ -131,7 +135,9 @@ def movement(grads: PyTree | None = None) -> Score:
 
     def update(updates: PyTree, state: PyTree, params: PyTree, **extra_args: Any) -> PyTree:
         found = _gradients("movement", params, extra_args)
-        return jax.tree.map(lambda s, w, g: s - _product(w, g), state, params, found)
+        return jax.tree.map(
+            lambda s, w, g: _unless_broken(s - _product(w, g), s), state, params, found
+        )
 
     return Score(_the_state, init=_zeros, update=update, observe=_kept("movement"))
 
@@ -147,7 +153,8 @@ def fisher(moments: PyTree | None = None, *, decay: float | None = None) -> Scor
 
     Args:
       moments: mean squares of the gradients, in the structure of the parameters.
-      decay: keep running mean squares beside the masks, in float32, for optimizers that have none.
+      decay: keep running mean squares beside the masks, in float32, for optimizers that have none;
+        a step's square that is not finite is passed over.
 
     Returns:
       A `Score`; float32 or wider.
@@ -199,6 +206,8 @@ def activation_norm(norms: PyTree | None = None, *, decay: float = 0.9) -> Score
     `activations=` of `update`, mean squares of each input, of which a running mean is kept:
 
         m ← decay · m + (1 - decay) · activations,   ‖x‖ = √m
+
+    A step's mean square that is not finite is passed over.
 
     Args:
       norms: the norms; `None` takes the running ones.
@@ -298,11 +307,17 @@ def _fraction(name: str, decay: float) -> None:
 
 
 def _mean(mean: jax.Array, value: jax.Array, decay: float) -> jax.Array:
-    return decay * mean + (1 - decay) * jnp.broadcast_to(value.astype(mean.dtype), mean.shape)
+    value = jnp.broadcast_to(value.astype(mean.dtype), mean.shape)
+    return _unless_broken(decay * mean + (1 - decay) * value, mean)
+
+
+def _unless_broken(new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(new), new, old)
 
 
 def _the_state(state: PyTree, params: PyTree) -> PyTree:
-    return state
+    # What was added up knows nothing of a weight that is NaN now, which goes last.
+    return jax.tree.map(lambda s, w: jnp.where(jnp.isnan(w), jnp.nan, s), state, params)
 
 
 def _zeros(params: PyTree) -> PyTree:

@@ -51,6 +51,11 @@ def allowed(sparsity: Any, share: float, *, caller: str, of: str) -> None:
         return
     if callable(sparsity) or isinstance(sparsity, Tracer):
         return
+    if isinstance(sparsity, str | bytes | bool) or not hasattr(sparsity, "__float__"):
+        raise TypeError(
+            f"`{caller}(sparsity={sparsity!r})` expects a number, the fraction of weights to "
+            "prune, in [0, 1), or a policy, a list of `(where, fraction)`."
+        )
     if jnp.ndim(sparsity) != 0 or not 0 <= float(sparsity) < 1:
         raise ValueError(
             f"`{caller}(sparsity={sparsity})` expects the fraction of weights to prune, in [0, 1)."

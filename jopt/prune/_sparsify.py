@@ -36,6 +36,7 @@ class HoldState(NamedTuple):
     """State of `hold`."""
 
     masks: Packed | Pooled  # one bit a weight
+    inner: PyTree = ()  # the state of the optimizer inside, if there is one
 
 
 def sparsify(
@@ -85,7 +86,8 @@ def sparsify(
       unfit: `"error"` or `"skip"`, as of `masks`.
       regrow: choose the masks anew at each look, so that pruned weights may come back (at zero),
         and follow a schedule that falls. For scores that pruned weights can win by: `movement`,
-        `taylor` with `straight_through` in the loss, a random one, or any at sparsity 0.
+        `taylor` with `straight_through` in the loss, a random one, or any at sparsity 0. A pruned
+        weight whose score is NaN comes back last.
       inner: an optimizer to wrap.
       pooled: keep the bits of all masks in one array of the state. For hundreds of small leaves,
         each of which takes longer to hand to a compiled step than its bits take to read; not for
@@ -121,14 +123,23 @@ def sparsify(
     return gradual(choice, sparsity, score, every, inner, "anew" if regrow else "grow")
 
 
-def hold(masks: PyTree, *, pooled: bool = False) -> optax.GradientTransformationExtraArgs:
+def hold(
+    masks: PyTree, *, inner: optax.GradientTransformation | None = None, pooled: bool = False
+) -> optax.GradientTransformationExtraArgs:
     """Keeps given masks while training goes on: put it LAST in the chain, as `sparsify`.
 
     For fine-tuning and quantization-aware training after pruning. The first update brings pruned
-    weights to zero, if they are not there yet.
+    weights to zero, if they are not there yet; one that is NaN or infinite stays so, as with
+    `sparsify`, until `apply_masks`.
+
+    What stands before it in a chain sees the gradients of pruned weights: in a global norm they
+    count, and a NaN among them spreads to all weights. With `inner=tx`, as of `sparsify`, the
+    optimizer never sees them: put clipping inside, `hold(masks, inner=optax.chain(clip, adam))`.
 
     Args:
-      masks: a mask tree from `masks` or `masks_of`; a leaf may stand for a whole subtree.
+      masks: a mask tree from `masks` or `masks_of`; a leaf may stand for a whole subtree. What
+        `optax.masked` leaves out may be in it.
+      inner: an optimizer to wrap.
       pooled: as of `sparsify`.
 
     Returns:
@@ -136,8 +147,8 @@ def hold(masks: PyTree, *, pooled: bool = False) -> optax.GradientTransformation
       state.
 
     Raises:
-      ValueError: at `init` and `update`, if the masks do not fit the parameters, and if `update`
-        gets no `params`.
+      ValueError: at `init` and `update`, if the masks do not fit the parameters or prune a scalar,
+        and if `update` gets no `params`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -150,15 +161,24 @@ def hold(masks: PyTree, *, pooled: bool = False) -> optax.GradientTransformation
              [ 1.5,  0. ]], dtype=float32)
     """
     caller = "prune.hold"
+    wrapped = None if inner is None else optax.with_extra_args_support(inner)
 
     def selected(params: PyTree) -> tuple[Selection, list[jax.Array]]:
         found = _masks.aligned(masks, params, caller=caller)
+        for (path, leaf), mask in zip(trees.items(params), found, strict=True):
+            if not (_masks.is_dense(mask) or jnp.ndim(trees.weight_of(leaf))):
+                raise ValueError(
+                    f"`{caller}(...)` keeps masks of arrays, and `{path}` is a scalar: its mask is "
+                    f"`True`, and was {mask}. Where a mask stands for a whole subtree, give one "
+                    "for each leaf of it."
+                )
         selection = selection_of(params, [not _masks.is_dense(mask) for mask in found])
         return selection, [mask for mask in found if not _masks.is_dense(mask)]
 
     def init(params: PyTree) -> HoldState:
+        within = () if wrapped is None else wrapped.init(params)
         if not jax.tree.leaves(params):
-            return HoldState(_packed.placeholder(params, pooled=pooled))
+            return HoldState(_packed.placeholder(params, pooled=pooled), within)
         selection, found = selected(params)
         gone = [
             ~jnp.broadcast_to(mask, jnp.shape(weight))
@@ -166,7 +186,7 @@ def hold(masks: PyTree, *, pooled: bool = False) -> optax.GradientTransformation
         ]
         packed = _packed.blank(params, selection, pooled=pooled)
         words = _packed.pack_all(gone, pooled=pooled)
-        return HoldState(_packed.with_words(packed, selection, words))
+        return HoldState(_packed.with_words(packed, selection, words), within)
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
@@ -176,6 +196,11 @@ def hold(masks: PyTree, *, pooled: bool = False) -> optax.GradientTransformation
             return updates, state
         selection, _ = selected(params)
         gone = _landing.pruned(_packed.words_of(state.masks, selection), selection)
+        if wrapped is not None:
+            updates, within = _landing.stepped(
+                wrapped, updates, state.inner, params, gone, selection, extra_args
+            )
+            state = state._replace(inner=within)
         return _landing.landed(updates, gone, selection), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -232,7 +257,7 @@ def gradual(
             if mode == "grow":
                 lost = _grown(before, scores, targets, plan)
             else:
-                lost = [~kept for kept in plan.choose(scores, targets)]
+                lost = _anew(before, scores, targets, plan)
             return _packed.pack_all(lost, pooled=choice.pooled)
 
         words = jax.lax.cond(due, look, lambda: before)
@@ -263,3 +288,13 @@ def _grown(
     lowered = [jnp.where(g, -jnp.inf, s) for g, s in zip(gone, scores, strict=True)]
     kept = plan.choose(lowered, targets)
     return [g | ~k for g, k in zip(gone, kept, strict=True)]
+
+
+def _anew(
+    before: Words, scores: Sequence[jax.Array], targets: Sequence[Any], plan: Plan
+) -> list[jax.Array]:
+    """The lowest of all; but of what is pruned, a score that is no number is no reason to grow."""
+    gone = _landing.pruned(before, plan.selection)
+    pairs = zip(gone, scores, strict=True)
+    scores = [jnp.where(g & jnp.isnan(s), -jnp.inf, s) for g, s in pairs]
+    return [~kept for kept in plan.choose(scores, targets)]

@@ -66,6 +66,23 @@ def keep(scores: list[jax.Array], lowest: Wide, *, together: bool) -> list[jax.A
     ]
 
 
+def count(marks: jax.Array) -> jax.Array:
+    """How many are True: first of every eight along the axis that masks are packed along.
+
+    XLA:CPU adds bytes to bytes three times as fast as booleans to 32 bits. But a reshape of an axis
+    whose devices hold parts of an eight would gather it, or be an error under a mesh of `Explicit`
+    axes. Under `Auto` axes types do not tell; an axis of this many twos is whole however the
+    devices that there are share it out.
+    """
+    axis = _bits.packed_axis(marks.shape)
+    if marks.ndim and marks.size and marks.shape[axis] % 8 == 0:
+        words = marks.shape[axis] // 8
+        many = 1 << (jax.device_count().bit_length() - 1)
+        if not words % _bits.devices_along(marks, axis) and _bits.twos(words) >= many:
+            marks = jnp.sum(_bits.eights(marks, axis), axis=axis, dtype=jnp.uint8)
+    return jnp.sum(marks, dtype=jnp.uint32)
+
+
 # The two functions below return the threshold of each leaf, and the position in it before which
 # scores that equal the threshold go. A position is found like a threshold, as a k-th smallest
 # number: a cumulative sum would run across devices. It is looked for only where a leaf gives some
@@ -163,7 +180,7 @@ def _bisect(
         bit = one << (width - 1 - i).astype(dtype)
         trial = [number | bit for number in found]
         marks = [below(i, trial[g]) for i, g in enumerate(owner)]
-        counts = [_count(mark) for mark in marks]
+        counts = [count(mark) for mark in marks]
         larger = [_wide.less(have, want) for have, want in zip(total(counts), k, strict=True)]
 
         def chosen(new: list[jax.Array], old: list[jax.Array]) -> list[jax.Array]:
@@ -177,18 +194,6 @@ def _bisect(
     start = [[zero] * len(k), [none] * len(sizes), [jnp.asarray(size) for size in sizes]]
     found, under, upto = jax.lax.fori_loop(0, width, step, start)
     return found, under, upto
-
-
-def _count(marks: jax.Array) -> jax.Array:
-    """How many are True: first of every eight along the axis that masks are packed along.
-
-    XLA:CPU adds bytes to bytes three times as fast as booleans to 32 bits. What masks divide into
-    eighths is divided here: devices that hold whole words hold whole groups.
-    """
-    axis = _bits.packed_axis(marks.shape)
-    if marks.ndim and marks.size and marks.shape[axis] % 8 == 0:
-        marks = jnp.sum(_bits.eights(marks, axis), axis=axis, dtype=jnp.uint8)
-    return jnp.sum(marks, dtype=jnp.uint32)
 
 
 def _sizes(arrays: Sequence[jax.Array]) -> np.ndarray:

@@ -38,7 +38,9 @@ def wanda(
     or those that lose in their groups under `NM`. The function is run in stages, so that each layer
     is judged on what the pruned ones before it give; stacked layers under `scan` are judged one by
     one. Of equal scores the first go first. Weights that are zero stay zero and count as gone. A
-    NaN is kept, to be seen; a product that meets what comes of it is an error.
+    NaN is kept, to be seen; a product that meets what comes of it is an error. Squares are summed
+    in float32: of activations above 1e18 the sum may overflow, which is an error; those below 1e-19
+    count as zero.
 
     Args:
       apply: any function `apply(params, *inputs)`.
@@ -57,7 +59,7 @@ def wanda(
 
     Raises:
       ValueError: as `prune.masks` does, if a batch has no rows, a chosen weight is met by no
-        product as it is, or an activation is not finite.
+        product as it is, or a sum of squares is not finite.
       TypeError: if a chosen leaf is no array of floats, and under `jit`.
 
     Example:

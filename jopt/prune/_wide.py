@@ -68,6 +68,16 @@ def remainder(a: Wide, b: Wide) -> Wide:
     return subtract(a, minimum(a, b))
 
 
+def quotient(a: Wide, by: int) -> Wide:
+    """a // by, for 0 < by < 2**16."""
+    rest, found = jnp.zeros_like(a.low), []
+    for limb in (a.high >> 16, a.high & 0xFFFF, a.low >> 16, a.low & 0xFFFF):
+        part = (rest << 16) | limb
+        found.append(part // by)
+        rest = part % by
+    return Wide((found[0] << 16) | found[1], (found[2] << 16) | found[3])
+
+
 def shares(fraction: jax.Array, wholes: Sequence[int]) -> Wide:
     """round(fraction · whole) for each, exactly: half to even, as if in unlimited precision.
 

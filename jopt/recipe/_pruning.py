@@ -228,8 +228,9 @@ def _scheduled(
     }
     how = {**how, "score": scores[config.method]()}
     if isinstance(config.pattern, schema.NM):
-        sparsity: Any = config.final
-        how["every"] = config.every
+        # All at once, when scores that add up have seen the steps before.
+        begin = min(round(config.begin * steps), max(steps - 1, 0))
+        sparsity: Any = schedules.steps_sparsity([(begin, config.final)])
     elif config.target is None:
         points = {round(point.epoch * epoch): point.sparsity for point in config.at}
         late = [point.epoch for point in config.at if round(point.epoch * epoch) >= steps]

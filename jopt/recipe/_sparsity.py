@@ -108,7 +108,10 @@ class Sparsity(Block):
     at: tuple[Milestone, ...] = Field(
         default=(), description="fractions at given epochs, for `target`"
     )
-    begin: Fraction = Field(default=0.0, description="where the cubic schedule to `target` begins")
+    begin: Fraction = Field(
+        default=0.0,
+        description="where the cubic schedule to `target` begins, or an n:m pattern is pruned",
+    )
     end: Fraction = Field(default=0.7, description="where it ends, and masks no longer move")
     every: Count = Field(default=10, description="steps between two choices of what is pruned")
     drop: Fraction = Field(default=0.3, description="rigl, set: share that moves at a time")

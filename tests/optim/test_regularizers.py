@@ -72,6 +72,25 @@ def test_proximal_group_lasso(axis):
     np.testing.assert_array_equal(np.asarray(found) == 0, expected == 0)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_groups_at_the_ends_of_float32(size, strength):
+    weight = jnp.array([[3.0, 0.0], [4.0, 0.0]]) * size
+    found, _ = landed(optim.proximal_group_lasso(strength, size), weight, jnp.zeros_like(weight))
+    scale = 1 - strength * np.sqrt(2) / 5
+    np.testing.assert_allclose(found, np.float64(weight) * scale, rtol=1e-6)
+
+
+def test_complex_weights():
+    weight = jnp.array([[3j], [4j]])
+    found, _ = landed(optim.proximal_group_lasso(1.0, 1.0), weight, jnp.zeros_like(weight))
+    np.testing.assert_allclose(found, np.asarray(weight) * (1 - np.sqrt(2) / 5), rtol=1e-6)
+    found, _ = landed(optim.proximal_l1(3.5, 1.0), weight, jnp.zeros_like(weight))
+    np.testing.assert_allclose(found, [[0], [0.5j]], atol=1e-6)
+    found, _ = landed(optim.proximal_nuclear_norm(1.0, 1.0), weight, jnp.zeros_like(weight))
+    np.testing.assert_allclose(found, np.asarray(weight) * 0.8, rtol=1e-5)
+
+
 def test_groups_go_together():
     weight = draw(0, 8, 6) * jnp.array([[0.1, 1.0, 0.1, 1.0, 0.1, 2.0]])
     found, _ = landed(optim.proximal_group_lasso(0.5, 1.0), weight, jnp.zeros_like(weight))

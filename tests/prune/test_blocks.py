@@ -126,10 +126,40 @@ def test_trees_grow_in_training_and_may_end_in_groups():
         assert np.sum(~mask) == round(np.float32(level) * 192) and not np.any(mask & ~before)
         before = mask
     groups = prune.Tree([prune.Channel(-1), prune.NM(2, 4)], parts=(0.4, 0.6))
-    mask = np.asarray(prune.masks(weight, 0.5, pattern=groups))
+    assert groups.share == pytest.approx(0.625)
+    mask = np.asarray(prune.masks(weight, 0.625, pattern=groups))
     assert np.all(mask.reshape(4, 4, 12).sum(1) <= 2)
-    assert np.sum(~mask.any(0)) == int(0.2 * 12)
+    assert np.sum(~mask.any(0)) == int(0.25 * 12)
     assert np.all(mask.reshape(4, 4, 12).sum(1)[:, mask.any(0)] == 2)
+
+
+@pytest.mark.parametrize(("scope", "groups", "coarse"), [
+    ("global", prune.NM(2, 4), prune.Block((8, 1))), ("layer", prune.NM(1, 4), prune.Channel(-1)),
+    ("erk", prune.NM(5, 8), prune.Channel(-1)),
+])  # fmt: skip
+def test_trees_that_end_in_groups_keep_to_the_count(groups, coarse, scope):
+    params = {"a": jnp.asarray(draw(0, 32, 16)), "b": jnp.asarray(draw(1, 64, 40))}
+    tree = prune.Tree([coarse, groups])
+    traced = jax.jit(lambda p, s: prune.masks(p, s, pattern=tree, scope=scope))
+    for sparsity in (0.1, 0.3, 0.5 if groups.share > 0.4 else 0.4):
+        for found in (
+            prune.masks(params, sparsity, pattern=tree, scope=scope),
+            traced(params, sparsity),
+        ):
+            lost = sum(int((~mask).sum()) for mask in found.values())
+            slack = (groups.m - groups.n) / 2 * (1 if scope == "global" else 2)
+            assert abs(lost - round(sparsity * 3072)) <= slack
+    blocks = prune.Tree([prune.Block((4, 1)), prune.NM(2, 4)])
+    assert int((~prune.masks(params["a"], 0.5, pattern=blocks)).sum()) == 256
+    with pytest.raises(ValueError, match=r"at most a fraction of 0\.666667"):
+        prune.masks(params, 0.7, pattern=blocks)
+    ramp = schedules.steps_sparsity([(0, 0.2), (1, 0.4), (2, 0.6)])
+    tx = prune.sparsify(ramp, pattern=blocks)
+    state = tx.init(params)
+    for level in (0.2, 0.4, 0.6):
+        _, state = tx.update(params, state, params)
+        lost = sum(int((~mask).sum()) for mask in prune.masks_of(state).values())
+        assert abs(lost - level * 3072) <= 2
 
 
 @pytest.mark.parametrize("pattern", [prune.Block((2, 2)), prune.Channel(-1), TREE])
@@ -184,3 +214,22 @@ def test_errors():
         prune.Tree([prune.NM(2, 4), prune.Unstructured()])
     with pytest.raises(ValueError, match="with sum 1"):
         prune.Tree([prune.Channel(-1), prune.Unstructured()], parts=(0.5, 0.6))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: prune.NM("2", 4), r"`NM\('2', 4\)` expects two integers"),
+        (lambda: prune.NM(2.0, 4), r"`NM\(2\.0, 4\)` expects two integers"),
+        (lambda: prune.Block(4), r"`Block\(4\)` expects integers in a tuple"),
+        (lambda: prune.Block((4.0, 4)), r"`Block\(\(4\.0, 4\)\)` expects integers"),
+        (lambda: prune.Channel(-1.0), r"`Channel\(-1\.0\)` expects an integer"),
+        (lambda: prune.masks(jnp.ones((4, 4)), None), r"sparsity=None\)` expects a number"),
+        (lambda: prune.masks(jnp.ones((4, 4)), "0.5"), r"sparsity='0\.5'\)` expects a number"),
+        (lambda: prune.sparsify([("**", "0.5")]), r"sparsity='0\.5'\)` expects a number"),
+    ],
+)
+def test_types_of_options(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+    prune.masks(jnp.ones((4, 4)), np.float32(0.5), pattern=prune.NM(np.int64(2), 4))

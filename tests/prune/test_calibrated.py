@@ -313,6 +313,7 @@ def test_errors():
         wrong(r"`table`: no product reads it", [x], 0.5, where=["v", "table"])
         wrong(r"`w`: no product met this weight(.|\n)*`where=`", [x], 0.5, where="w")
         wrong(r"meet `v` have a NaN", [x.at[0, 0].set(jnp.nan)], 0.5, where="v")
+        wrong(r"meet `v` .* squares is beyond float32", [x * 1e25], 0.5, where="v")
         wrong(r"batch 1 has", [x, x[:2]], 0.5, where="v")
 
 

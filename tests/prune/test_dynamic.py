@@ -87,6 +87,28 @@ def test_moments_of_what_comes_back_are_fresh():
     np.testing.assert_allclose(np.asarray(moments.nu["k"])[back], 0.001 * given**2, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "inner", [optax.adagrad(0.1), optax.rmsprop(0.1, initial_scale=1.0), optax.adam(0.1)]
+)
+def test_fresh_moments_are_those_of_init(inner):
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 8)), "b": jnp.ones(8)}
+    tx = prune.static(0.5, inner=inner, key=jax.random.key(0))
+    start, state = inner.init(params), tx.init(params)
+    for _ in range(2):
+        # Moments are reset before each step, of gradients that are zero where weights are pruned.
+        gone = ~prune.masks_of(state)["w"]
+        _, state = jax.jit(tx.update)(params, state, params)
+        _, alone = inner.update(jax.tree.map(jnp.zeros_like, params), start, params)
+        for own, other in zip(jax.tree.leaves(state.inner), jax.tree.leaves(alone), strict=True):
+            if own.shape == (8, 8):
+                np.testing.assert_array_equal(own[gone], other[gone])
+    masks = prune.masks(params, 0.5)
+    _, back = prune.rewind(inner, params, state.inner, masks)
+    for own, other in zip(jax.tree.leaves(back), jax.tree.leaves(start), strict=True):
+        if own.shape == (8, 8):
+            np.testing.assert_array_equal(own[~masks["w"]], other[~masks["w"]])
+
+
 def test_set_moves_at_random():
     key = jax.random.key(3)
     tx = prune.set(0.6, inner=optax.sgd(0.1), every=2, drop=0.5, key=key, scope="layer")

@@ -155,3 +155,49 @@ def test_exports():
 
             shapes = jax.eval_shape(lambda p, tx=tx: (p, tx.init(p)), params)
             jax.export.export(jax.jit(step), platforms=("cpu", "cuda", "tpu"))(*shapes)
+
+
+@AXES
+@pytest.mark.parametrize("shape", [(784, 512), (1000, 256), (1000, 1000)])
+@pytest.mark.parametrize("spec", [P("d", None), P(None, "d")])
+def test_axes_that_devices_share_in_parts_of_eights(axis_type, shape, spec):
+    place = NamedSharding(jax.make_mesh((8,), ("d",), axis_types=(axis_type,)), spec)
+    weight = jax.random.normal(jax.random.key(0), shape)
+    sharded = jax.device_put(weight, place)
+    expected = np.asarray(prune.masks(weight, 0.5))
+    jitted = jax.jit(lambda w: prune.masks(w, 0.5))
+    assert collectives(jitted.lower(sharded).compile()) == {("u32[]", "all-reduce")}
+    for found in (jitted(sharded), prune.masks(sharded, 0.5)):
+        np.testing.assert_array_equal(found, expected)
+        assert found.sharding.is_equivalent_to(place, 2)
+    tx = optax.chain(optax.sgd(0.1), prune.sparsify(0.5))
+    state = tx.init(sharded)
+    step = jax.jit(tx.update)
+    if shape != (1000, 1000):  # whose rows no choice of words divides
+        assert collectives(step.lower(sharded, state, sharded).compile()) == {
+            ("u32[]", "all-reduce")
+        }
+    for update in (step, tx.update):
+        updates, after = update(sharded, state, sharded)
+        np.testing.assert_array_equal(optax.apply_updates(sharded, updates) != 0, expected)
+        np.testing.assert_array_equal(prune.masks_of(after[1]), expected)
+        assert updates.sharding.is_equivalent_to(place, 2)
+
+
+@AXES
+@pytest.mark.parametrize("pattern", [
+    prune.Block((4, 4)), prune.Block((9, 2)), prune.NM(8, 16), prune.Channel(-1),
+    prune.Tree([prune.Channel(-1), prune.NM(2, 4)]),
+])  # fmt: skip
+def test_units_that_devices_hold_parts_of(axis_type, pattern):
+    place = NamedSharding(jax.make_mesh((8,), ("d",), axis_types=(axis_type,)), P("d", None))
+    weight = jax.random.normal(jax.random.key(0), (784, 16))
+    sharded = jax.device_put(weight, place)
+    found = jax.jit(lambda w: prune.masks(w, 0.4, pattern=pattern))(sharded)
+    expected = np.asarray(prune.masks(weight, 0.4, pattern=pattern))
+    np.testing.assert_array_equal(found, expected)
+    tx = optax.chain(optax.sgd(0.1), prune.sparsify(RAMP, pattern=prune.Block((4, 4))))
+    state = tx.init(sharded)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(sharded, state, sharded)
+    assert updates.sharding.is_equivalent_to(place, 2)

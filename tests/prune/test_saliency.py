@@ -144,6 +144,67 @@ def test_training_takes_gradients_not_updates(extra):
         check_zeros(params, state, 0.5)
 
 
+RUNNING = {
+    "taylor": lambda: prune.taylor(decay=0.9),
+    "movement": prune.movement,
+    "fisher": lambda: prune.fisher(decay=0.9),
+}
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("score", [*RUNNING.values(), prune.taylor], ids=[*RUNNING, "of a step"])
+def test_a_pruned_weights_bad_gradient_goes_nowhere(score, bad):
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 8))}
+    tx = prune.sparsify(0.5, score=score(), inner=optax.adam(0.01), regrow=True)
+    state = tx.init(params)
+    for step in range(5):
+        grads = {"w": jnp.cos(params["w"] + step)}
+        if step == 2:
+            gone = ~prune.masks_of(state)["w"]
+            at = tuple(np.argwhere(np.asarray(gone))[0])
+            grads["w"] = grads["w"].at[at].set(bad)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        assert step != 2 or not prune.masks_of(state)["w"][at]
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((params, state)))
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_running_scores_pass_over_what_is_not_finite(name):
+    def trained(batches):
+        tx = prune.sparsify(
+            LATE, score=RUNNING[name](), inner=optax.apply_if_finite(optax.sgd(0.01), 10)
+        )
+        params = random_params(0)
+        state = tx.init(params)
+        for scale in batches:
+            grads = jax.tree.map(lambda x: x * scale, random_grads(5))  # noqa: B023
+            _, state = tx.update(grads, state, params)
+        return state
+
+    for x, y in zip(
+        jax.tree.leaves(trained([1.0, jnp.nan, 1.0]).score),
+        jax.tree.leaves(trained([1.0, 1.0]).score),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+    # A weight that is itself NaN is still kept to be seen.
+    params = {"w": jnp.array([[jnp.nan, 1.0], [2.0, 3.0]])}
+    tx = prune.sparsify(0.5, score=RUNNING[name](), inner=optax.sgd(0.1))
+    _, state = tx.update(params, tx.init(params), params)
+    assert prune.masks_of(state)["w"][0, 0]
+
+
+def test_activation_norms_pass_over_what_is_not_finite():
+    params = {"k": jnp.ones((2, 3))}
+    tx = prune.sparsify(0.0, score=prune.activation_norm(decay=0.5))
+    state = tx.init(params)
+    for squares in ([2.0, 4.0], [jnp.nan, 8.0]):
+        given = {"k": jnp.array(squares)[:, None]}
+        _, state = tx.update(params, state, params, activations=given)
+    np.testing.assert_array_equal(state.score["k"], [[1.0] * 3, [5.0] * 3])
+
+
 def test_fisher_from_adams_second_moments():
     tx = prune.sparsify(LATE, score=prune.fisher(), inner=optax.adam(0.01, b2=0.9))
     _, state, before, given = run(tx, 3)

@@ -112,6 +112,20 @@ def test_erk_tells_stacked_layers_apart_with_sites():
     assert prune.report(prune.masks(stacked, 0.8, scope="erk"))["first"] != apart["first"]
 
 
+def test_erk_asks_no_more_of_a_leaf_than_its_pattern_prunes():
+    params = {"a": random_params()["a"]["kernel"], "b": random_params()["b"]["kernel"]}
+    options = {"pattern": prune.NM(2, 4), "scope": "erk"}
+    message = r"prunes at most a fraction of 0\.5, .* 1 of 2 weights:\n  `a`: 0\.53.*\nLower"
+    for caller, make in (
+        ("masks", lambda: prune.masks(params, 0.5, **options)),
+        ("sparsify", lambda: prune.sparsify(0.5, **options).init(params)),
+    ):
+        with pytest.raises(ValueError, match=rf"`prune\.{caller}\(.*scope=\"erk\".*" + message):
+            make()
+    assert sparsities(prune.masks(params, 0.4, **options))["a"] < 0.5
+    prune.masks(params, 0.5, pattern=prune.NM(2, 4), scope="layer")
+
+
 def test_uniform_keeps_the_ends_as_they_are_used():
     params = random_params()
     sites = jopt.sites(apply, params, jnp.ones((2, 8)))

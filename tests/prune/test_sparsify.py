@@ -230,6 +230,54 @@ def test_hold_in_training_after_quantization():
     np.testing.assert_array_equal(prune.masks_of(state)["kernel"], masks["kernel"])
 
 
+def test_hold_around_an_optimizer():
+    params = jnp.arange(1.0, 9.0).reshape(2, 4)
+    masks = prune.masks(params, 0.5)
+    sgd = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
+    tx = prune.hold(masks, inner=sgd)
+    grads = jnp.where(masks, 1.0, jnp.nan)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    # The norm is of what is left: 4 ones make 2.
+    np.testing.assert_allclose(
+        optax.apply_updates(params, updates), jnp.where(masks, params - 0.05, 0), rtol=1e-6
+    )
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state.inner))
+    np.testing.assert_array_equal(prune.masks_of(state), masks)
+    trained, state = train(tx, params, state=state)
+    np.testing.assert_array_equal(trained == 0, ~masks)
+    optax.tree_map_params(tx, lambda x: x, state)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_hold_where_subtrees_are_left_out(pooled):
+    params = {"a": {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}, "c": (jnp.ones((4, 2)), jnp.ones(2))}
+    masks = {"a": {"w": jnp.eye(4, dtype=bool), "b": True}, "c": (jnp.zeros((4, 2), bool), True)}
+    held = prune.hold(masks, pooled=pooled)
+    tx = optax.chain(optax.sgd(0.1), optax.masked(held, {"a": True, "c": False}))
+    trained, state = train(tx, params)
+    np.testing.assert_array_equal(trained["a"]["w"] == 0, ~jnp.eye(4, dtype=bool))
+    assert jnp.all(trained["c"][0] != 0)
+    np.testing.assert_array_equal(prune.masks_of(state)["a"]["w"], jnp.eye(4, dtype=bool))
+    with pytest.raises(ValueError, match="another structure"):
+        optax.masked(held, {"a": True, "c": False}).init({"a": {"w": jnp.ones((4, 4))}, "c": 0.0})
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_hold_of_nothing(pooled):
+    params = {"w": jnp.ones((4, 4)), "none": jnp.ones(0), "b": jnp.ones(4)}
+    masks = {"w": jnp.eye(4, dtype=bool), "none": False, "b": True}
+    for given in (True, {**masks, "w": True}):
+        held = prune.hold(given, pooled=pooled)
+        trained, _ = train(optax.chain(optax.sgd(0.1), held), params)
+        assert jnp.all(trained["w"] != 0) and trained["none"].shape == (0,)
+    # A part without a matrix.
+    parts = {"x": prune.hold(masks, pooled=pooled), "y": prune.hold(masks, pooled=pooled)}
+    tx = optax.multi_transform(parts, {"w": "x", "none": "y", "b": "y"})
+    trained, state = train(tx, params)
+    np.testing.assert_array_equal(trained["w"] == 0, ~jnp.eye(4, dtype=bool))
+    np.testing.assert_array_equal(prune.masks_of(state)["w"], jnp.eye(4, dtype=bool))
+
+
 def test_converges():
     target = jnp.array([[3.0, -0.1, 2.0, 0.2], [-4.0, 0.3, 0.1, 5.0]])
     tx = optax.chain(
@@ -257,6 +305,8 @@ def test_errors():
         held.init({"other": jnp.ones((2, 2))})
     with pytest.raises(ValueError, match=r"mask of `a/kernel` is bool\[16, 24\]"):
         held.init({**params, "a": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}})
+    with pytest.raises(ValueError, match=r"`s/scale` is a scalar: .* `True`, and was False"):
+        prune.hold({"s": False}).init({"s": {"scale": jnp.ones(()), "kernel": jnp.ones((2, 2))}})
     with pytest.raises(ValueError, match=r"in \[0, 1\)"):
         prune.sparsify(1.5)
     with pytest.raises(ValueError, match=r"every=0.*at least 1"):

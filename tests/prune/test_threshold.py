@@ -103,6 +103,8 @@ def test_wide_arithmetic(a, b):
     assert bool(_wide.less(x, y)) == (a < b)
     assert as_int(_wide.minimum(x, y)) == min(a, b)
     assert as_int(_wide.remainder(x, y)) == max(a - b, 0)
+    for by in (1, 3, 8, 2**16 - 1):
+        assert as_int(_wide.quotient(x, by)) == a // by
 
 
 @settings(deadline=None, max_examples=20)

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -164,6 +165,25 @@ def test_what_does_not_fit_is_said_before_anything_runs(tmp_path, epochs, method
     with pytest.raises(recipe.RecipeError, match=r"stage `sparse`(.|\n)*\d inputs \(axis"):
         recipe.run(config, tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_nm_pattern_waits_for_begin():
+    config = _schema.Sparsity(method="movement", pattern={"n": 2, "m": 4}, begin=0.3, where="w")
+    how = {**_pruning._options(config), "sites": None}
+    key = jax.random.key(0)
+    tx = _pruning._scheduled(config, [optax.sgd(0.1)], how, epoch=5.0, steps=10, key=key)
+    params = {"w": jax.random.normal(key, (8, 4))}
+    state, moved, zeros = tx.init(params), jnp.zeros((8, 4)), []
+    for step in range(5):
+        grads = {"w": jnp.sin(params["w"] + step)}
+        if step <= 3:
+            moved -= params["w"] * grads["w"]
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        zeros.append(int(jnp.sum(params["w"] == 0)))
+    assert zeros == [0, 0, 0, 16, 16]
+    best = prune.masks({"w": moved}, 0.5, score=prune.Score(lambda _, p: p), pattern=prune.NM(2, 4))
+    np.testing.assert_array_equal(params["w"] != 0, best["w"])
 
 
 def test_what_does_not_fit_may_stay_dense(tmp_path):
