@@ -347,7 +347,9 @@ def extremes(x: jax.Array, *, finite: bool = False) -> Extremes:
     """The lowest and highest of the last axis; `finite` leaves infinities and NaN out."""
     x = x.astype(jnp.float32)
     if not finite:
-        return Extremes(*reductions.ends(x, -1, initial=(np.inf, -np.inf)))
+        low, high = reductions.ends(x, -1, initial=(np.inf, -np.inf))
+        lost = jnp.any(jnp.isnan(x), -1)
+        return Extremes(jnp.where(lost, jnp.nan, low), jnp.where(lost, jnp.nan, high))
     fits = jnp.isfinite(x)
     low, high = jnp.where(fits, x, jnp.inf), jnp.where(fits, x, -jnp.inf)
     return Extremes(
