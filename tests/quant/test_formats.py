@@ -215,6 +215,8 @@ def test_other_arguments_out_of_range():
     with pytest.raises(ValueError, match="group_size must be a positive integer"):
         Int(4, granularity="group")
     with pytest.raises(ValueError, match="group_size must be a positive integer"):
+        Int(4, granularity="group", group_size=True)
+    with pytest.raises(ValueError, match="group_size must be a positive integer"):
         Int(4, granularity="group", group_size=0)
     with pytest.raises(ValueError, match='granularity is one of "channel", "tensor", "group"'):
         Int(4, granularity="row")

@@ -309,7 +309,7 @@ def check_sharing(call: str, format: Format) -> None:
                 f"`{joined(call, f'group_size={format.group_size}')}` has "
                 f'granularity="{format.granularity}"; groups need `granularity="group"`.'
             )
-    elif not isinstance(format.group_size, int) or format.group_size < 1:
+    elif type(format.group_size) is not int or format.group_size < 1:
         given = f'granularity="group", group_size={format.group_size!r}'
         raise ValueError(
             f"`{joined(call, given)}`: group_size must be a positive integer, such as 64."
