@@ -280,7 +280,9 @@ def test_lowers_everywhere(name):
     tx = ALL[name]()
     params = {"k": draw(0, 8, 8), "b": jnp.ones(8)}
     shapes = jax.eval_shape(lambda p: (p, tx.init(p), p), params)
-    jax.export.export(jax.jit(tx.update), platforms=("cpu", "cuda", "tpu"))(*shapes)
+    exported = jax.export.export(jax.jit(tx.update), platforms=("cpu", "cuda", "tpu"))(*shapes)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert [x.shape for x in exported.out_avals[:2]] == [(8,), (8, 8)]
 
 
 def test_zeros_are_exact_with_updates_of_another_dtype():

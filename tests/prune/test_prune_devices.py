@@ -154,7 +154,9 @@ def test_exports():
                 return optax.apply_updates(params, updates), state
 
             shapes = jax.eval_shape(lambda p, tx=tx: (p, tx.init(p)), params)
-            jax.export.export(jax.jit(step), platforms=("cpu", "cuda", "tpu"))(*shapes)
+            exported = jax.export.export(jax.jit(step), platforms=("cpu", "cuda", "tpu"))(*shapes)
+            assert exported.platforms == ("cpu", "cuda", "tpu")
+            assert len(exported.out_avals) == len(jax.tree.leaves(shapes))
 
 
 @AXES
