@@ -98,9 +98,9 @@ class Shakespeare:
 
     With `gated` it has the parts of LLaMA's layers, and what is no matrix between hidden layers
     learns faster, which the maximal update parametrization (Yang et al., 2022, arXiv:2203.03466)
-    calls for: by Adam at 200 (gains) and 100 times (embeddings) the rate of the matrices. The rates
-    were chosen at half the width and depth, the matrices' twice as high: gains at 20, 50, 100 and
-    150 times it took the loss after 600 steps to 1.85, 1.81, 1.81 and 1.85.
+    calls for: by Adam at 200 (gains) and 100 times (embeddings) the rate of the matrices. They
+    were looked for at half the width and depth, the matrices' twice as high, as ones that train
+    well and leave inputs of uneven sizes; `docs/benchmarks.md` has what was tried.
     """
 
     peak = 1e-3

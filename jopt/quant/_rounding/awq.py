@@ -200,10 +200,8 @@ def _clipped(
 ) -> Grid:
     """The grid of the best part of each interval, if that is better than the whole intervals."""
     low, high = format.extent(weight, shared_axes(format.granularity, 2, (-2,), 0))
-    shape, unit = (
-        (low.shape[0], low.shape[1]),
-        to_one(reductions.largest(weight, range(weight.ndim))),
-    )
+    shape = (low.shape[0], low.shape[1])
+    unit = to_one(reductions.largest(weight, range(weight.ndim)))
 
     def off(grid: Grid) -> jax.Array:
         return (weight - _rounded(weight, format, grid)) * unit
