@@ -68,13 +68,13 @@ def eights(array: jax.Array, axis: int) -> jax.Array:
     return array.reshape(*shape[:at], shape[at] // 8, 8, *shape[at + 1 :])
 
 
-def pack(pruned: jax.Array) -> jax.Array:
+def pack(pruned: jax.Array, axis: int | None = None) -> jax.Array:
     """Eight booleans to a byte, along `packed_axis`, the first in the lowest bit; padded.
 
     Where a mesh of `Explicit` axes shares that axis out in parts that are no whole bytes, it is
     gathered first.
     """
-    axis = packed_axis(pruned.shape)
+    axis = packed_axis(pruned.shape) if axis is None else axis
     pruned = whole(pruned, axis, 8)
     if rest := -pruned.shape[axis] % 8:
         at = axis + pruned.ndim

@@ -34,6 +34,7 @@ class Plan(NamedTuple):
     shapes: list[tuple[int, ...]]  # of one layer of each chosen weight
     pattern: Pattern
     scope: str
+    stacked: bool = False  # whether leaves of one shape may be put into one array to be ranked
 
     def choose(self, scores: Sequence[jax.Array], levels: Sequence[Any]) -> list[jax.Array]:
         """The masks, given scores and the sparsity of each part."""
@@ -60,7 +61,9 @@ class Plan(NamedTuple):
             own = level * reached if reached != 1 else level
             levels = [own] if self.scope == "global" else self.levels(own, part)
             options = {"down": reached < 1, "settles": gone is not None and reached == 1}
-            kept = _chosen(scores, levels, pattern, axes, self.scope, **options)
+            kept = _chosen(
+                scores, levels, pattern, axes, self.scope, stacked=self.stacked, **options
+            )
             lost = [~k for k in kept]
             gone = lost if gone is None else [a | b for a, b in zip(gone, lost, strict=True)]
         assert gone is not None
@@ -117,7 +120,9 @@ class Choice:
         dense = _scopes.ends(selection, self.scope, sites, caller=caller)
         parts = _scopes.parts(selection, sparsity, caller=caller)
         shapes = _scopes.layers(selection, sites)
-        plan = Plan(selection, axes, parts, dense, shapes, self.pattern, self.scope)
+        plan = Plan(
+            selection, axes, parts, dense, shapes, self.pattern, self.scope, stacked=self.pooled
+        )
         self._check_levels(plan)
         return plan
 
@@ -174,6 +179,7 @@ def _chosen(
     axes: list[int],
     scope: str,
     *,
+    stacked: bool,
     down: bool,
     settles: bool,
 ) -> list[jax.Array]:
@@ -182,11 +188,12 @@ def _chosen(
     sizes = [unit.size for unit in units]
     together = scope == "global"
     if settles and pattern.share < 1:
-        lowest = _rest(scores, units, levels, pattern.share, together=together)
+        lowest = _rest(scores, units, levels, pattern.share, together=together, stacked=stacked)
     else:
         wholes = [sum(sizes)] if together else sizes
         lowest = _scopes.counts(levels, pattern.share, wholes, down=down)
-    kept = _threshold.keep(_threshold.common(units), lowest, together=together)
+    units = _threshold.common(units)
+    kept = _threshold.keep(units, lowest, together=together, stacked=stacked)
     triples = zip(kept, scores, axes, strict=True)
     return [pattern.spread(mask, score, axis) for mask, score, axis in triples]
 
@@ -198,6 +205,7 @@ def _rest(
     share: float,
     *,
     together: bool,
+    stacked: bool,
 ) -> Wide:
     """How many units go, those gone already first, for all to lose what the levels ask for.
 
@@ -205,7 +213,7 @@ def _rest(
     """
 
     def counted(arrays: list[jax.Array]) -> Wide:
-        each = jnp.stack([_threshold.count(jnp.isneginf(array)) for array in arrays])
+        each = _threshold.counts([jnp.isneginf(array) for array in arrays], stacked=stacked)
         return jax.tree.map(lambda x: x[None], wide.total(each)) if together else wide.widen(each)
 
     def sizes(arrays: list[jax.Array]) -> list[int]:

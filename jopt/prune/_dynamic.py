@@ -321,25 +321,33 @@ def _moved(
 ) -> list[jax.Array]:
     """What is pruned after a move; leaf by leaf as much as before."""
     pattern, axes, weights = plan.pattern, plan.axes, plan.selection.chosen_weights
-    stay, best, lowest, top = [], [], [], []
+    stay, best, whole = [], [], []
     for mask, weight, score, axis in zip(gone, weights, gained, axes, strict=True):
         size = jnp.abs(jax.lax.stop_gradient(weight))
-        units = pattern.units(jnp.where(mask, -jnp.inf, size), axis)
-        active = jnp.sum(pattern.units(jnp.where(mask, -jnp.inf, 0.0), axis) == 0, dtype=np.uint32)
-        moves = jnp.round(share * active.astype(jnp.float32)).astype(jnp.uint32)
+        stay.append(pattern.units(jnp.where(mask, -jnp.inf, size), axis))
         # A gradient that is no number is no reason to grow.
         score = jnp.where(jnp.isnan(score), -1, score.astype(jnp.float32))
-        stay.append(units)
         best.append(pattern.units(score, axis))
-        lowest.append(np.uint32(units.size) - active + moves)
-        top.append(np.uint32(units.size) - moves)
-    kept = _keep(stay, lowest)
+        whole.append(pattern.units(jnp.where(mask, -jnp.inf, 0.0), axis) == 0)
+    active = _threshold.counts(whole, stacked=plan.stacked)
+    sizes = np.asarray([units.size for units in stay], np.uint32)
+
+    def lowest(active: jax.Array, sizes: Any) -> tuple[jax.Array, jax.Array]:
+        moves = jnp.round(share * active.astype(jnp.float32)).astype(jnp.uint32)
+        return sizes - active + moves, sizes - moves
+
+    if plan.stacked:
+        leave, enter = lowest(active, sizes)
+    else:  # by scalars, of which programs are made that XLA compiles once
+        pairs = [lowest(count, size) for count, size in zip(active, sizes, strict=True)]
+        leave, enter = (jnp.stack(column) for column in zip(*pairs, strict=True))
+    kept = _keep(stay, leave, plan)
     rest = [jnp.where(keep, -jnp.inf, score) for keep, score in zip(kept, best, strict=True)]
-    new = [keep | grown for keep, grown in zip(kept, _keep(rest, top), strict=True)]
+    new = [keep | grown for keep, grown in zip(kept, _keep(rest, enter, plan), strict=True)]
     quads = zip(new, weights, axes, strict=True)
     return [~pattern.spread(keep, weight, axis) for keep, weight, axis in quads]
 
 
-def _keep(scores: list[jax.Array], lowest: list[jax.Array]) -> list[jax.Array]:
-    wide = _wide.widen(jnp.stack(lowest))
-    return _threshold.keep(_threshold.common(scores), wide, together=False)
+def _keep(scores: list[jax.Array], lowest: jax.Array, plan: Plan) -> list[jax.Array]:
+    scores = _threshold.common(scores)
+    return _threshold.keep(scores, _wide.widen(lowest), together=False, stacked=plan.stacked)

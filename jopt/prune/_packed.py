@@ -138,10 +138,16 @@ def with_words(packed: Packed | Pooled, selection: Selection, words: Words) -> P
 
 def pack_all(gone: Sequence[jax.Array], *, pooled: bool) -> Words:
     """The words of booleans, True where pruned."""
-    words = [pack(mask) for mask in gone]
     if not pooled:
-        return words
-    flat = [word.reshape(-1) for word in words]
+        return [pack(mask) for mask in gone]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, mask in enumerate(gone):
+        groups.setdefault(mask.shape, []).append(i)
+    words: dict[int, jax.Array] = {}
+    for shape, places in groups.items():
+        stacked = pack(jnp.stack([gone[i] for i in places]), packed_axis(shape))
+        words.update(zip(places, stacked.reshape(len(places), -1), strict=True))
+    flat = [words[i] for i in range(len(gone))]
     return jnp.concatenate(flat) if flat else jnp.zeros(0, jnp.uint8)
 
 
