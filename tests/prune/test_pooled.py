@@ -79,6 +79,19 @@ def test_training_and_masks_are_those_of_separate_arrays(name):
     assert len(words) == len(found)
 
 
+@pytest.mark.parametrize("name", ["sparsify", "rigl"])
+def test_reductions_do_not_grow_with_leaves(name):
+    """On CPU every call handles three buffers for each reduction, whether it runs or not."""
+    tx = KEEPERS[name](True)
+
+    def reductions(leaves):
+        params = {str(i): jnp.ones((8, 4 + i % 2)) for i in range(leaves)}
+        step = jax.jit(tx.update).lower(params, tx.init(params), params)
+        return step.as_text().count("stablehlo.reduce(")
+
+    assert reductions(4) == reductions(12) > 0
+
+
 @pytest.mark.parametrize("name", ["sparsify", "rigl", "parts"])
 def test_rewinding(name):
     apart, pooled = (KEEPERS[name](pooled) for pooled in (False, True))

@@ -65,6 +65,46 @@ def test_apart(dtype, seed, part):
         np.testing.assert_array_equal(np.ravel(mask), expected(array.ravel(), k))
 
 
+MIXED = [(3, 5), (7,), (3, 5), (2, 2, 4), (7,), (3, 5)]  # leaves of one shape, not side by side
+MIXED_SIZES = [int(np.prod(shape)) for shape in MIXED]
+
+
+def mixed(seed):
+    rng = np.random.default_rng(seed)
+    pool = np.concatenate([rng.choice(SPECIAL, 5), rng.normal(size=rng.integers(1, 30))])
+    with np.errstate(over="ignore", invalid="ignore"):
+        return [rng.choice(pool, shape).astype(np.float32) for shape in MIXED]
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=SEEDS, k=st.integers(0, sum(MIXED_SIZES)))
+def test_stacked_together(seed, k):
+    arrays = mixed(seed)
+    few = _wide.wide([k])
+    kept = _threshold.keep([jnp.asarray(x) for x in arrays], few, together=True, stacked=True)
+    assert [mask.shape for mask in kept] == MIXED
+    flat = np.concatenate([x.ravel() for x in arrays])
+    np.testing.assert_array_equal(np.concatenate([np.ravel(m) for m in kept]), expected(flat, k))
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=SEEDS, part=st.tuples(*(st.integers(0, size) for size in MIXED_SIZES)))
+def test_stacked_apart(seed, part):
+    arrays = mixed(seed)
+    few = _wide.wide(part)
+    kept = _threshold.keep([jnp.asarray(x) for x in arrays], few, together=False, stacked=True)
+    for mask, array, k in zip(kept, arrays, part, strict=True):
+        assert mask.shape == array.shape
+        np.testing.assert_array_equal(np.ravel(mask), expected(array.ravel(), k))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_counts(stacked):
+    marks = [jnp.asarray(x > 0) for x in mixed(0)] + [jnp.ones((16, 8), bool)]
+    found = jax.jit(lambda marks: _threshold.counts(marks, stacked=stacked))(marks)
+    np.testing.assert_array_equal(found, [int(np.sum(mark)) for mark in marks])
+
+
 def test_keys_order_all_halves():
     bits = np.arange(2**16, dtype=np.uint16)
     for dtype in (ml_dtypes.bfloat16, np.float16):

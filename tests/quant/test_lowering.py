@@ -145,6 +145,10 @@ STRIPES = [  # weight, turned, inputs, rows, dtype, implementations
     (Int(4, granularity="group", group_size=64), True, 1152, 3, jnp.float16, "striped"),
     (quant.NF4(32), False, 1056, 3, jnp.float32, "striped paired_striped"),
     (quant.MX("mxfp8"), True, 1056, 3, jnp.float32, "striped"),
+    (Int(8), False, 1024, 1, jnp.float32, "striped"),
+    (Int(8, symmetric=False), True, 1536, 3, jnp.float32, "striped"),
+    (Int(4, granularity="group", group_size=128), False, 2048, 3, jnp.float32, "striped"),
+    (Int(8), False, 1280, 3, jnp.bfloat16, "striped"),
     (Int(8), False, 1100, 3, jnp.bfloat16, "striped bfloat16"),
     (Int(8, symmetric=False), True, 1100, 1, jnp.bfloat16, "striped bfloat16"),
     (UINT4, False, 1100, 3, jnp.bfloat16, "striped paired_striped paired_bfloat16"),
@@ -153,8 +157,10 @@ STRIPES = [  # weight, turned, inputs, rows, dtype, implementations
 LAST_PLACES = {jnp.float32: 1e-5, jnp.float16: 2e-3, jnp.bfloat16: 1e-2}
 
 
+@pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("case", STRIPES, ids=lambda case: str(STRIPES.index(case)))
-def test_stripes_of_inputs(case):
+def test_stripes_of_inputs(case, devices, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
     weight, turned, inputs, rows, dtype, names = case
     f, rng = product(turned), np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=(72, inputs) if turned else (inputs, 72)), dtype)
@@ -168,6 +174,35 @@ def test_stripes_of_inputs(case):
         limit = LAST_PLACES[dtype]
         close = {"rtol": limit, "atol": limit * np.abs(wanted).max()}
         np.testing.assert_allclose(np.asarray(y, np.float64), wanted, **close)
+
+
+@pytest.mark.parametrize("inputs", [1024, 2048])
+def test_three_parts_of_a_weight_are_dense_at_a_time(inputs, monkeypatch):
+    """On one device short stripes are no loop, and still wait: within a layer and between them."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    w = jax.random.normal(jax.random.key(0), (inputs, inputs))
+    leaves = [quant.quantize(w, Spec(Int(8))) for _ in range(4)]
+    x = jnp.ones((4, inputs))
+
+    def f(leaves, x):
+        for w in leaves:
+            x = jnp.tanh(x @ w)
+        return x
+
+    def stripes(f, x):
+        with quant.use_implementation("striped"):
+            compiled = jax.jit(f).lower(leaves, x).compile()
+        return compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+
+    part = 4 * 256 * inputs
+    text, temporary = stripes(lift(f), x)
+    assert "while(" not in text
+    assert temporary < 3.2 * part
+    # A batch of indices would be a slice of codes for each of its members.
+    batch = jax.vmap(lift(f), in_axes=(None, 0))
+    text, temporary = stripes(batch, jnp.stack([x, x]))
+    assert "gather(" not in text
+    assert temporary < 3.4 * part
 
 
 @pytest.mark.parametrize("activation", [None, BFloat16()], ids=str)

@@ -14,8 +14,9 @@ What each computes, for activations x and weights w, codes q and their zero poin
 - `padded_dense`, `tiled_narrow`, `tiled`, `tiled_wide`, `tiled_half`: the same numbers, summed in
   another order perhaps, on two rows where there is one; for 64, 128 or 256 outputs or half of all
   at a time, so that no dense weight exists.
-- `striped`: the weight of 512 inputs at a time. A scale for each output, which rounds otherwise in
-  the last place, multiplies the sum in float32; with activations in bfloat16, `bfloat16` by parts.
+- `striped`: the weight of 512 inputs at a time, or of three times 256 where they are few. A scale
+  for each output, which rounds otherwise in the last place, multiplies the sum in float32; with
+  activations in bfloat16, `bfloat16` by parts.
 - `paired_...`: the one named, on an int4 weight as two of int8, its even and its odd columns.
 - `pallas`: a kernel that dequantizes block by block, see `kernels.py`.
 

@@ -131,19 +131,26 @@ def over_inputs(
     inputs = x.shape[1]
 
     def add(total: Any, start: Any, size: int) -> Any:
-        def cut(array: jax.Array) -> jax.Array:
-            count = array.shape[axis]
-            if count == 1:
-                return array
-            each = inputs // count
-            return jax.lax.dynamic_slice_in_dim(array, start // each, size // each, axis)
-
-        own = part(jax.lax.dynamic_slice_in_dim(x, start, size, 1), coarse_map(cut, weight))
+        some = jax.lax.dynamic_slice_in_dim(x, start, size, 1)
+        own = part(some, cut_inputs(weight, axis, inputs, start, size))
         return jax.tree.map(jnp.add, total, own)
 
     count, rest = divmod(inputs, size)
     total = jax.lax.fori_loop(0, count, lambda i, total: add(total, i * size, size), total)
     return add(total, count * size, rest) if rest else total
+
+
+def cut_inputs(weight: Any, axis: int, inputs: int, start: Any, size: int) -> Any:
+    """Some inputs of a pytree of arrays, as `over_inputs` takes it."""
+
+    def cut(array: jax.Array) -> jax.Array:
+        count = array.shape[axis]
+        if count == 1:
+            return array
+        each = inputs // count
+        return jax.lax.dynamic_slice_in_dim(array, start // each, size // each, axis)
+
+    return coarse_map(cut, weight)
 
 
 # Helpers, in order of use.

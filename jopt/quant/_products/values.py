@@ -1,6 +1,7 @@
 """Products with a weight alone: dequantized as a whole, or a part at a time."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from .operands import (
     Operands,
     as_row,
     codes_in_bfloat16,
+    cut_inputs,
     group_count,
     over_inputs,
     padded,
@@ -27,6 +29,10 @@ from .operands import (
 
 # Inputs for which `striped` makes a weight dense at a time.
 STRIPE = 512
+# Up to so many inputs it is written out instead of as a loop: parts of so many, of which so many
+# may be dense at a time.
+WRITTEN_OUT = 2048
+PART, LANES = 256, 3
 
 
 def dense(o: Operands) -> jax.Array:
@@ -123,11 +129,54 @@ def _striped(o: Operands, codes: jax.Array, leaves: tuple[QArray, ...], unpack: 
 
     weight = (codes, [leaf.split()[1] for leaf in leaves])
     begun = [zeros(one).astype(dtype) for one in own]
-    totals = over_inputs(o.x, weight, axis, STRIPE, part, begun)
+    rows, inputs = o.x.shape
+    groups, known = group_count(o), isinstance(rows, int) and rows > 0
+    fits = inputs % PART == 0 and (groups == 1 or PART * groups % inputs == 0)
+    # What a part waits for would have to be sent to all devices, where there are several.
+    if known and fits and inputs <= WRITTEN_OUT and jax.device_count() == 1:
+        totals = _in_lanes(o.x, weight, axis, part)
+    else:
+        totals = over_inputs(o.x, weight, axis, STRIPE, part, begun)
     if times_codes is None:
         return totals
     scales = [as_row(one.leaf.scale, one).astype(dtype) for one in own]
     return [total * scale for total, scale in zip(totals, scales, strict=True)]
+
+
+def _in_lanes(x: jax.Array, weight: Any, axis: int, part: Any) -> list[jax.Array]:
+    """What `over_inputs` adds up, written out: a part of the weight for each of so many inputs.
+
+    XLA:CPU waits for all threads at the end of each turn of a loop; here one part is widened while
+    another is multiplied. Each waits for the third before it, so that no more exist at a time.
+    """
+    inputs, found = x.shape[1], []
+    for i, begin in enumerate(range(0, inputs, PART)):
+        before = x if i < LANES else found[i - LANES][0]
+        start = _once_there(jnp.asarray(begin), before)
+        weights = cut_inputs(weight, axis, inputs, start, PART)
+        found.append(part(x[:, begin : begin + PART], weights))
+    # Summed at the end, which is one kernel with what comes after it.
+    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), found)
+
+
+@jax.custom_batching.custom_vmap
+def _once_there(index: jax.Array, value: jax.Array) -> jax.Array:
+    """The index, in a way that XLA cannot tell it before there is a value.
+
+    An `optimization_barrier` is gone before XLA:CPU puts operations into an order; the weights of
+    all layers were made dense first.
+    """
+    bits = jax.lax.bitcast_convert_type(value[(0,) * value.ndim].astype(jnp.float32), jnp.uint32)
+    return index + ((bits >> 31) >> 1).astype(index.dtype)
+
+
+@_once_there.def_vmap
+def _once_there_batched(
+    size: int, batched: Sequence[bool], index: jax.Array, value: jax.Array
+) -> tuple[jax.Array, bool]:
+    # One index for all: a batch of them would make a slice of codes for each.
+    index = index[0] if batched[0] else index
+    return _once_there(index, value[0] if batched[1] else value), False
 
 
 def _times_codes(o: Operands) -> Implementation | None:
