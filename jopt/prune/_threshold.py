@@ -123,7 +123,10 @@ class _Leaves(NamedTuple):
 
     def before(self, array: jax.Array, numbers: jax.Array) -> jax.Array:
         """Marks each leaf's elements before the one of this number, row by row."""
-        return _position(self.shape(array)) < _along(numbers, array)
+        position = _position(self.shape(array))
+        if self.stacked:
+            position = jnp.expand_dims(position, 0)
+        return position < _along(numbers, array)
 
     def counted(self, marks: jax.Array) -> jax.Array:
         """How many are True: first of every eight along the axis that masks are packed along.

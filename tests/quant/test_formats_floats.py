@@ -101,6 +101,18 @@ def test_mx_is_the_specification(kind, dtype):
     assert normal.mean() > 0.95
 
 
+@pytest.mark.parametrize("top", [3e-38, 1e-37, 1e-36])
+@pytest.mark.parametrize("kind", ["mxfp8", "mxfp8_e5m2", "mxfp4", "mxint8"])
+def test_mx_of_the_smallest_weights_is_the_same_however_it_is_compiled(kind, top):
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.uniform(-top, top, size=(64, 16)), jnp.float32)
+    plain = stored(w, MX(kind)).materialise()
+    assert np.any(np.asarray(plain))
+    compiled = jax.jit(lambda w: stored(w, MX(kind)).materialise())(w)
+    np.testing.assert_array_equal(compiled, plain)
+    np.testing.assert_array_equal(jax.jit(lambda w: faked(w, MX(kind)))(w), plain)
+
+
 def test_mx_blocks_lie_along_the_summed_axis():
     x = jax.random.normal(jax.random.key(0), (64, 3))
     assert stored(x, MX("mxfp4")).scale.shape == (2, 3)

@@ -200,9 +200,13 @@ class MX(Format):
 
     def decode(self, codes: jax.Array, grid: Grid) -> jax.Array:
         """`element * scale` in float32."""
-        one = 2.0**-INT8.mantissa if self.element is INT8 else 1.0
-        scale = spread(grid.scale.astype(jnp.float32), codes.shape)
-        return codes.astype(jnp.float32) * np.float32(one) * scale
+        values = codes.astype(jnp.float32)
+        if self.element is INT8:
+            # By the exponent's bits: XLA may take a factor to the scale, which has no such number
+            # where weights are near the smallest.
+            bits = jax.lax.bitcast_convert_type(values, jnp.int32) - (INT8.mantissa << 23)
+            values = jnp.where(codes == 0, 0.0, jax.lax.bitcast_convert_type(bits, jnp.float32))
+        return values * spread(grid.scale.astype(jnp.float32), codes.shape)
 
 
 def rounded(x: jax.Array, element: Float, key: jax.Array | None = None) -> jax.Array:
