@@ -89,9 +89,10 @@ def sparsify(
         `taylor` with `straight_through` in the loss, a random one, or any at sparsity 0. A pruned
         weight whose score is NaN comes back last.
       inner: an optimizer to wrap.
-      pooled: keep the bits of all masks in one array of the state. For hundreds of small leaves,
-        each of which takes longer to hand to a compiled step than its bits take to read; not for
-        parameters that are sharded, whose masks otherwise lie where the weights do.
+      pooled: keep the bits of all masks in one array of the state, and rank leaves of one shape as
+        one array. For hundreds of small leaves, each of which takes longer to hand to a compiled
+        step than its bits take to read; not for parameters that are sharded, whose masks otherwise
+        lie where the weights do.
 
     Returns:
       A gradient transformation with state `SparsifyState`; `masks_of` reads the masks from any
