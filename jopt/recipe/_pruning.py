@@ -163,14 +163,16 @@ def check(config: schema.Sparsity, model: Model, task: Task) -> None:
 # Helpers, in order of use.
 
 
-def _pattern(config: schema.Sparsity) -> prune.Pattern:
-    match config.pattern:
+def _pattern(pattern: schema.Level | schema.Tree) -> prune.Pattern:
+    match pattern:
         case schema.NM(n=n, m=m):
             return prune.NM(n, m)
         case schema.Tiles(block=shape):
             return prune.Block(shape)
         case schema.Channels(channel=axis):
             return prune.Channel(axis)
+        case schema.Tree(tree=levels, parts=parts):
+            return prune.Tree(tuple(map(_pattern, levels)), parts)
         case _:
             return prune.Unstructured()
 
@@ -179,7 +181,7 @@ def _options(config: schema.Sparsity) -> dict[str, Any]:
     """What all methods take."""
     where = tables.listed(config.where)
     return {
-        "pattern": _pattern(config),
+        "pattern": _pattern(config.pattern),
         "scope": config.scope,
         "where": where,
         "unfit": config.unfit,

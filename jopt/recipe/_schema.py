@@ -42,9 +42,11 @@ from jopt.recipe._sparsity import DYNAMIC as DYNAMIC
 from jopt.recipe._sparsity import NM as NM
 from jopt.recipe._sparsity import THROUGH as THROUGH
 from jopt.recipe._sparsity import Channels as Channels
+from jopt.recipe._sparsity import Level as Level
 from jopt.recipe._sparsity import Milestone as Milestone
 from jopt.recipe._sparsity import Sparsity as Sparsity
 from jopt.recipe._sparsity import Tiles as Tiles
+from jopt.recipe._sparsity import Tree as Tree
 
 
 class Stage(Block):

@@ -68,14 +68,41 @@ def _kind(pattern: Any) -> str:
         pattern = pattern.model_dump()
     if not isinstance(pattern, dict):
         return "unstructured"
-    return next((key for key in ("block", "channel") if key in pattern), "n:m")
+    return next((key for key in ("tree", "block", "channel") if key in pattern), "n:m")
+
+
+Level = Annotated[
+    Annotated[Literal["unstructured"], Tag("unstructured")]
+    | Annotated[NM, Tag("n:m")]
+    | Annotated[Tiles, Tag("block")]
+    | Annotated[Channels, Tag("channel")],
+    Discriminator(_kind),
+]
+
+
+class Tree(Block):
+    """Patterns within patterns: channels go, then tiles, then weights."""
+
+    tree: tuple[Level, ...] = Field(min_length=2, description="from coarse to fine")
+    parts: tuple[Positive, ...] = Field(
+        default=(), description="each level's part of what goes, with sum 1; equal by default"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _levels_fit(self) -> Self:
+        if any(isinstance(level, NM) for level in self.tree[:-1]):
+            raise ValueError("only the last level of a tree may be n:m; others take whole units")
+        if self.parts and (len(self.parts) != len(self.tree) or abs(sum(self.parts) - 1) > 1e-6):
+            raise ValueError(f"`parts` has one for each of {len(self.tree)} levels, with sum 1")
+        return self
 
 
 Units = Annotated[
     Annotated[Literal["unstructured"], Tag("unstructured")]
     | Annotated[NM, Tag("n:m")]
     | Annotated[Tiles, Tag("block")]
-    | Annotated[Channels, Tag("channel")],
+    | Annotated[Channels, Tag("channel")]
+    | Annotated[Tree, Tag("tree")],
     Discriminator(_kind),
 ]
 
@@ -168,10 +195,13 @@ class Sparsity(Block):
             given = getattr(self, key) != type(self).model_fields[key].default
             if given and self.method not in methods:
                 raise ValueError(f"`{key}` is for {', '.join(methods)}, not for `{self.method}`")
-        if self.method in ("wanda", "sparsegpt") and isinstance(self.pattern, Tiles | Channels):
+        if self.method in ("wanda", "sparsegpt") and isinstance(
+            self.pattern, Tiles | Channels | Tree
+        ):
             raise ValueError(f"`{self.method}` takes `unstructured` and n:m patterns")
-        if self.method in DYNAMIC and isinstance(self.pattern, NM):
-            raise ValueError(f"`{self.method}` moves whole units: no n:m pattern")
+        if self.method in DYNAMIC and isinstance(self.pattern, NM | Tree):
+            kind = "n:m pattern" if isinstance(self.pattern, NM) else "tree"
+            raise ValueError(f"`{self.method}` moves whole units: no {kind}")
         if self.method in (*DYNAMIC, *CALIBRATED) and self.scope == "global":
             raise ValueError(f"`{self.method}` settles each layer by itself: no `scope: global`")
         if self.method == "top_kast" and self.backward > self.final:

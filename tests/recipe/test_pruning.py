@@ -97,6 +97,7 @@ def test_in_the_loss_of_a_lesson(tmp_path):
         ("ac_dc", ", end: 0.8, scope: erk"),
         ("set", ", every: 3"),
         ("static", ", pattern: {channel: -1}, scope: layer"),
+        ("magnitude", ", pattern: {tree: [{channel: -1}, {block: [1, 4]}, unstructured]}"),
         ("straight_through", ""),
         ("sparsegpt", ", calibration_batches: 2, block_size: 64"),
         ("least_squares", ", calibration_batches: 2, pattern: {block: [1, 2]}"),
@@ -123,6 +124,10 @@ def test_every_method(tmp_path, method, options):
         ("magnitude", ", pattern: {channel: 0}", r"channel.*less than 0"),
         ("wanda", ", pattern: {block: [4, 4]}", r"`wanda` takes `unstructured` and n:m patterns"),
         ("magnitude", ", unfit: leave", r"'error' or 'skip'"),
+        ("magnitude", ", pattern: {tree: [unstructured]}", r"tree.*at least 2 items"),
+        ("magnitude", ", pattern: {tree: [{n: 2, m: 4}, unstructured]}", r"the last level"),
+        ("magnitude", ", pattern: {tree: [{channel: -1}, unstructured], parts: [1]}", r"2 levels"),
+        ("rigl", ", pattern: {tree: [{channel: -1}, unstructured]}", r"whole units: no tree"),
     ],
 )
 def test_keys_belong_to_methods(tmp_path, method, options, words):
