@@ -205,6 +205,15 @@ def test_three_parts_of_a_weight_are_dense_at_a_time(inputs, monkeypatch):
     assert temporary < 3.4 * part
 
 
+def test_stripes_of_nothing(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for outputs, batch in ((16, (0, 3)), (0, (2, 3))):
+        leaf = quant.quantize(jnp.ones((1024, outputs)), Spec(Int(8)))
+        with quant.use_implementation("striped"):
+            product = jax.jit(jax.vmap(lift(lambda w, x: x @ w), (None, 0)))
+            assert product(leaf, jnp.zeros((*batch, 1024))).shape == (*batch, outputs)
+
+
 @pytest.mark.parametrize("activation", [None, BFloat16()], ids=str)
 @pytest.mark.parametrize("weight", [Int(8), Int(4)], ids=str)
 def test_stripes_of_inputs_in_bfloat16_sum_in_float32(weight, activation):

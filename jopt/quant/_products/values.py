@@ -166,6 +166,8 @@ def _once_there(index: jax.Array, value: jax.Array) -> jax.Array:
     An `optimization_barrier` is gone before XLA:CPU puts operations into an order; the weights of
     all layers were made dense first.
     """
+    if not value.size:
+        return index
     bits = jax.lax.bitcast_convert_type(value[(0,) * value.ndim].astype(jnp.float32), jnp.uint32)
     return index + ((bits >> 31) >> 1).astype(index.dtype)
 
@@ -176,7 +178,9 @@ def _once_there_batched(
 ) -> tuple[jax.Array, bool]:
     # One index for all: a batch of them would make a slice of codes for each.
     index = index[0] if batched[0] else index
-    return _once_there(index, value[0] if batched[1] else value), False
+    if batched[1]:
+        value = value[0] if size else jnp.zeros(0)
+    return _once_there(index, value), False
 
 
 def _times_codes(o: Operands) -> Implementation | None:
