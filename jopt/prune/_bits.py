@@ -1,6 +1,7 @@
 """Eight booleans to a byte, and back, each weight along one of its own axes."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,14 @@ def eights(array: jax.Array, axis: int) -> jax.Array:
     at = array.ndim + axis
     shape = array.shape
     return array.reshape(*shape[:at], shape[at] // 8, 8, *shape[at + 1 :])
+
+
+def by_shape(arrays: Sequence[jax.Array]) -> dict[tuple[int, ...], list[int]]:
+    """The places of the arrays of each shape."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for place, array in enumerate(arrays):
+        found.setdefault(array.shape, []).append(place)
+    return found
 
 
 def pack(pruned: jax.Array, axis: int | None = None) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from jopt import trees
 
-from ._bits import pack, packed_axis, unpack
+from ._bits import by_shape, pack, packed_axis, unpack
 from ._select import Selection
 
 PyTree = Any
@@ -140,11 +140,8 @@ def pack_all(gone: Sequence[jax.Array], *, pooled: bool) -> Words:
     """The words of booleans, True where pruned."""
     if not pooled:
         return [pack(mask) for mask in gone]
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, mask in enumerate(gone):
-        groups.setdefault(mask.shape, []).append(i)
     words: dict[int, jax.Array] = {}
-    for shape, places in groups.items():
+    for shape, places in by_shape(gone).items():
         stacked = pack(jnp.stack([gone[i] for i in places]), packed_axis(shape))
         words.update(zip(places, stacked.reshape(len(places), -1), strict=True))
     flat = [words[i] for i in range(len(gone))]

@@ -149,11 +149,9 @@ class _Leaves(NamedTuple):
 def _leaves(arrays: Sequence[jax.Array], *, stacked: bool) -> _Leaves:
     if not stacked:
         return _Leaves(list(arrays), list(range(len(arrays))), stacked=False)
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for place, array in enumerate(arrays):
-        groups.setdefault(array.shape, []).append(place)
-    together = [jnp.stack([arrays[place] for place in places]) for places in groups.values()]
-    return _Leaves(together, [np.asarray(places) for places in groups.values()], stacked=True)
+    groups = _bits.by_shape(arrays).values()
+    together = [jnp.stack([arrays[place] for place in places]) for places in groups]
+    return _Leaves(together, [np.asarray(places) for places in groups], stacked=True)
 
 
 # The two functions below return the threshold of each leaf, and the position in it before which
