@@ -75,22 +75,24 @@ def scaled(weight, hessian, magnitude, bits, points):
     return best[2], base ** best[1]
 
 
-def half_quadratic(weight, bits, p=0.7, beta=10.0, growth=1.01, steps=20):
+def half_quadratic(weight, bits, p=0.7, beta=10.0, growth=1.01, steps=20, starts=4):
     """HQQ with one symmetric scale for each output, an output at a time; the best scales met."""
     weight, high = np.asarray(weight, np.float64), 2 ** (bits - 1) - 1
     out = np.zeros_like(weight)
     for k, w in enumerate(weight.T):
-        scale, best, b = np.abs(w).max() / high, np.inf, beta
-        for _ in range(steps + 1):
-            code = np.clip(np.rint(w / scale), -high, high)
-            left = w - code * scale
-            if (found := np.sum(np.abs(left) ** p)) < best:
-                best, out[:, k] = found, code * scale
-            unit = 2 * scale * high / 2**bits
-            r = np.abs(left) / unit
-            threshold = np.maximum(r, 1e-12) ** (p - 1) / b
-            shrunk = np.sign(left) * np.maximum(r - threshold, 0) * unit
-            scale, b = np.sum(code * (w - shrunk)) / np.sum(code * code), b * growth
+        best = np.inf
+        for start in range(starts):
+            scale, b = (1 - start / 10) * np.abs(w).max() / high, beta
+            for _ in range(steps + 1):
+                code = np.clip(np.rint(w / scale), -high, high)
+                left = w - code * scale
+                if (found := np.sum(left**2)) < best:
+                    best, out[:, k] = found, code * scale
+                unit = 2 * scale * high / 2**bits
+                r = np.abs(left) / unit
+                threshold = np.maximum(r, 1e-12) ** (p - 1) / b
+                shrunk = np.sign(left) * np.maximum(r - threshold, 0) * unit
+                scale, b = np.sum(code * (w - shrunk)) / np.sum(code * code), b * growth
     return out
 
 

@@ -158,6 +158,7 @@ class HQQ(Method):
     beta: float = 10.0
     growth: float = 1.01
     steps: int = 20
+    starts: int = 4
 
     def measure(self) -> Measure | None:
         """Nothing."""
