@@ -82,7 +82,10 @@ def check_lesson(config: schema.Fit, model: Model, teachers: Sequence[Model], ta
 def chain(
     config: schema.Fit, model: Model, task: Task, *, epoch: float, steps: int, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """Optimizer, penalties, what keeps ranges still and pruned weights zero, in order; pruning."""
+    """Optimizer, penalties and what keeps ranges still, in order; around them masks and pruning.
+
+    So pruned weights count in no norm of gradients that is clipped, and in no moment.
+    """
     links: list[optax.GradientTransformation] = [
         tables.optimizer(config.optimizer, epoch=epoch, steps=steps),
         *(
@@ -94,7 +97,7 @@ def chain(
     if any(jax.tree.leaves(frozen)):
         links.append(optax.transforms.freeze(frozen))
     if model.masks is not None:
-        links.append(prune.hold(model.masks))
+        links = [prune.hold(model.masks, inner=optax.chain(*links))]
     if config.sparsity is None:
         return optax.chain(*links)
     key = jax.random.key(seed)

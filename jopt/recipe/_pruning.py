@@ -53,7 +53,7 @@ def chained(
     steps: int,
     key: jax.Array,
 ) -> optax.GradientTransformationExtraArgs:
-    """The chain of `links`, the optimizer first, with what prunes behind it or around it."""
+    """The chain of `links`, with what prunes around it."""
     if config.method in (*schema.CALIBRATED, *schema.THROUGH):
         return optax.chain(*links)
     how: dict[str, Any] = _options(config) | {"sites": sites_of(model, task)}
@@ -219,7 +219,7 @@ def _scheduled(
     steps: int,
     key: jax.Array,
 ) -> optax.GradientTransformationExtraArgs:
-    """A score on a schedule in steps: behind the optimizer, or around it if it needs gradients."""
+    """A score on a schedule in steps."""
     scores = {
         "magnitude": prune.magnitude,
         "random": lambda: prune.random(key),
@@ -252,6 +252,4 @@ def _scheduled(
         begin = min(round(config.begin * steps), end - 1)
         sparsity = schedules.cubic_sparsity(config.target, begin=begin, end=end)
         how["every"] = every
-    if config.method in ("magnitude", "random"):
-        return optax.chain(*links, prune.sparsify(sparsity, **how))
     return optax.chain(prune.sparsify(sparsity, inner=optax.chain(*links), **how))

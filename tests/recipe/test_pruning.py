@@ -1,5 +1,6 @@
 """What recipes prune by: the keys of each method, and stages that do what they say."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,7 +14,8 @@ pytest.importorskip("sklearn")
 
 import jopt
 from jopt import nn, prune, recipe, trees
-from jopt.recipe import _pruning, _schema, _tables
+from jopt.recipe import _fit, _pruning, _schema, _tables
+from jopt.recipe._model import initialise
 
 leaves = jax.tree.leaves
 
@@ -299,6 +301,48 @@ def test_penalties_in_the_chain_are_those_of_optim():
     np.testing.assert_allclose(
         found["kernel"], np.sign(z) * np.maximum(abs(z) - 0.125, 0), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("earlier", [True, False], ids=["earlier masks", "own masks"])
+def test_pruned_weights_count_in_no_clipped_norm(tmp_path, earlier):
+    """The dense weight's step is as if the pruned one had no gradient."""
+    path = tmp_path / "clipped.yaml"
+    kind = "quantize" if earlier else "sparsify"
+    how = "sparsity: {target: 0.5, begin: 0}"
+    if earlier:
+        how = "policy: [{where: '**/kernel', weight: {bits: 8}}]"
+    path.write_text(
+        RECIPE
+        + f"""\
+  - stage: {kind}
+    name: clipped
+    start: dense
+    epochs: 1
+    optimizer: {{kind: sgd, learning_rate: 1.0, clip: 1.0}}
+    {how}
+"""
+    )
+    config = recipe.load(path)
+    task = _tables.task(config.data, None)
+    model = initialise(nn.ConvNet(widths=(8,), classes=10), task.inputs, jax.random.key(0))
+    if earlier:
+        masks = prune.masks(model.params, 0.5, where="**/kernel")
+        model = dataclasses.replace(model, masks=masks)
+    tx = _fit.chain(config.stages[-1], model, task, epoch=4, steps=4)
+    state = tx.init(model.params)
+    for _ in range(4):
+        masks = dict(trees.items(prune.masks_of(state)))
+        gradient = trees.map_with_path(
+            lambda path, w, masks=masks: jnp.where(masks[path], 1e-4, 1e3) * jnp.ones_like(w),
+            model.params,
+        )
+        updates, state = tx.update(gradient, state, model.params)
+    masks = dict(trees.items(prune.masks_of(state)))  # with what this step pruned
+    for path, update in trees.items(updates):
+        mask = np.broadcast_to(masks[path], update.shape)
+        np.testing.assert_allclose(np.asarray(update)[mask], -1e-4, rtol=1e-5)
+    kernels = [mask for path, mask in masks.items() if path.endswith("kernel")]
+    assert 0.4 < 1 - sum(m.sum() for m in kernels) / sum(m.size for m in kernels) < 0.6
 
 
 @pytest.mark.parametrize(
