@@ -89,6 +89,38 @@ def test_the_size_of_weights_does_not_matter():
         np.testing.assert_array_equal(one.codes, other.codes)
 
 
+@pytest.mark.parametrize("format", FORMATS[:4], ids=str)
+@pytest.mark.parametrize("other", [np.nan, 2.0**30], ids=["NaN", "huge"])
+def test_what_shares_no_scale_does_not_matter(format, other):
+    weight = heavy()
+    alone, beside = hqq(weight, format), weight.copy()
+    beside[:, 0] *= other
+    beside = hqq(beside, format)
+    for one, two in zip(jax.tree.leaves(alone), jax.tree.leaves(beside), strict=True):
+        np.testing.assert_array_equal(np.asarray(one)[..., 1:], np.asarray(two)[..., 1:])
+
+
+@pytest.mark.parametrize("format", [Int(3), FORMATS[3]], ids=str)
+@pytest.mark.parametrize("unit", [1e-33, 1e-37])
+def test_tiny_weights_are_no_worse_than_to_nearest(format, unit):
+    rng, size = np.random.default_rng(0), format.group_size or 64
+    weight = ((np.abs(rng.normal(size=(64, 12))) + 3) * unit).astype(np.float32)
+
+    def errors(rounded):
+        gap = (weight.astype(np.float64) - rounded) / unit
+        return np.sum(gap.reshape(-1, size, 12) ** 2, 1)
+
+    ours, near = errors(value(hqq(weight, format), format)), errors(nearest(weight, format))
+    assert np.all(ours <= near * 1.0001)
+
+
+@pytest.mark.parametrize("format", [Int(4), FORMATS[3], FORMATS[4]], ids=str)
+@pytest.mark.parametrize("shape", [(32, 0), (0, 8), (0, 32, 8)], ids=str)
+def test_empty_weights(format, shape):
+    rounded = hqq(jnp.zeros(shape), format)
+    assert rounded.codes.shape == shape == value(rounded, format).shape
+
+
 def test_layers_map_and_jit_and_bfloat16():
     weights = np.stack([heavy(seed=seed) for seed in range(3)])
     format = FORMATS[3]
@@ -109,8 +141,11 @@ def test_lowers_everywhere():
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match=r"`hqq\(p=2, beta=10.0.*0 < p <= 1"):
         hqq(heavy(), Int(4), p=2)
-    with pytest.raises(ValueError, match=r"starts=0.*starts from 1 to 10"):
+    with pytest.raises(ValueError, match=r"starts=0.*starts, from 1 to 10"):
         hqq(heavy(), Int(4), starts=0)
+    for wrong in ({"starts": 2.5}, {"steps": True}, {"steps": None}, {"beta": float("nan")}):
+        with pytest.raises(ValueError, match="an integer of steps"):
+            hqq(heavy(), Int(4), **wrong)
     with pytest.raises(TypeError, match="Codebook fits its values to the weight by itself"):
         hqq(heavy(), Codebook(8))
     with pytest.raises(TypeError, match="the weight is int32"):

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jopt.trace import reductions
 from jopt.trace.layered import spread
 
 from .._formats.base import Format, Grid
@@ -77,10 +76,12 @@ def hqq(
     """
     weight, format = checked_weight("hqq", weight, format)
     adjustable("hqq", format)
-    if not 0 < p <= 1 or beta <= 0 or growth <= 0 or steps < 0 or not 1 <= starts <= 10:
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (steps, starts))
+    if not (whole and 0 < p <= 1 and beta > 0 and growth > 0 and steps >= 0 and 1 <= starts <= 10):
         raise ValueError(
             f"`hqq(p={p}, beta={beta}, growth={growth}, steps={steps}, starts={starts})`: "
-            "0 < p <= 1, beta and growth above 0, steps at least 0, and starts from 1 to 10."
+            "0 < p <= 1, beta and growth above 0, an integer of steps, at least 0, and one of "
+            "starts, from 1 to 10."
         )
     return _layers(weight, p, beta, growth, format=format, steps=steps, starts=starts)
 
@@ -94,7 +95,7 @@ class _Interval(NamedTuple):
 
 class _Best(NamedTuple):
     interval: _Interval
-    error: jax.Array  # Σ (W - Ŵ)² of what shares a scale, in units of its first interval
+    error: jax.Array  # Σ (W - Ŵ)² of what shares a scale, in its own unit
 
 
 @functools.partial(jax.jit, static_argnames=("format", "steps", "starts"))
@@ -111,14 +112,15 @@ def _matrix(
     rounding = nearest(format)
     whole = _Interval(*format.extent(weight, shared_axes(format.granularity, 2, (-2,), 0)))
     shape = whole.low.shape
-
-    def unit(interval: _Interval) -> jax.Array:
-        return spread(jnp.maximum(interval.high - interval.low, _NARROWEST), weight.shape)
+    # Each that shares a scale in a unit of its own, so that no other's size or NaN matters to it.
+    unit = to_one(jnp.maximum(jnp.abs(whole.low), jnp.abs(whole.high)))
+    each = spread(unit, weight.shape)
 
     def look(interval: _Interval) -> tuple[Grid, jax.Array, jax.Array]:
         grid = rounding.grid(*interval)
         value = rounding.decode(rounding.encode(weight, grid), grid)
-        return grid, value, pooled(((weight - value) / unit(whole)) ** 2, shape)
+        # Not their difference times the unit, which is flushed to zero where weights are tiny.
+        return grid, value, pooled((weight * each - value * each) ** 2, shape)
 
     def better(best: _Best, interval: _Interval) -> _Best:
         new = _Best(interval, look(interval)[2])
@@ -127,11 +129,12 @@ def _matrix(
     def step(number: Any, carry: tuple[_Interval, _Best]) -> tuple[_Interval, _Best]:
         interval, best = carry
         grid, value, _ = look(interval)
-        width = unit(interval) / 2.0**format.bits
+        width = jnp.maximum(interval.high - interval.low, _NARROWEST) / 2.0**format.bits
+        width = spread(width, weight.shape)
         own = beta * growth ** number.astype(jnp.float32)
         rest = weight - width * _shrunk((weight - value) / width, p, own)
-        slope, shift = _line(value, rest, shape, grid.zero_point is not None)
-        interval = _Interval(*(end * slope + shift for end in interval))
+        slope, shift = _line(value * each, rest * each, shape, grid.zero_point is not None)
+        interval = _Interval(*(end * slope + shift / unit for end in interval))
         return interval, better(best, interval)
 
     def start(number: Any, best: _Best) -> _Best:
@@ -153,12 +156,13 @@ def _shrunk(r: jax.Array, p: Any, beta: Any) -> jax.Array:
 def _line(
     x: jax.Array, y: jax.Array, shape: tuple[int, ...], free: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Slope and intercept of the least-squares line through (x, y), or through the origin too."""
-    count = x.size / (shape[0] * shape[1])
+    """Slope and intercept of the least-squares line through (x, y), or through the origin too.
+
+    Values are near 1 at most.
+    """
+    count = max(x.size, 1) / max(shape[0] * shape[1], 1)
     middle_x, middle_y = (pooled(v, shape) / count if free else jnp.zeros(shape) for v in (x, y))
     x, y = x - spread(middle_x, x.shape), y - spread(middle_y, y.shape)
-    unit = to_one(reductions.largest(x, range(x.ndim)))
-    x, y = x * unit, y * unit
     square, product = pooled(x * x, shape), pooled(x * y, shape)
     slope = jnp.where(square > _SMALLEST, product / jnp.maximum(square, _SMALLEST), 1.0)
     slope = jnp.where(slope > 0, slope, 1.0)

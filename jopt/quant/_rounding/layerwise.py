@@ -150,6 +150,8 @@ def pooled(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Sums `[in, out]` values over what shares one entry of a coarse array of `shape`."""
     rows, columns = shape
     inputs, outputs = values.shape
+    if not values.size:
+        return jnp.zeros(shape, values.dtype)
     split = values.reshape(rows, inputs // rows, columns, outputs // columns)
     return jnp.sum(split, axis=(1, 3))
 
