@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 
@@ -59,6 +60,8 @@ def placed(array: jax.Array, like: jax.Array) -> jax.Array:
     axes = range(like.ndim)
     if all(devices_along(array, axis) == devices_along(like, axis) for axis in axes):
         return array
+    if not (isinstance(array, Tracer) or isinstance(like, Tracer)):
+        return jax.device_put(array, like.sharding)  # `reshard` would need the mesh around it
     return jax.sharding.reshard(array, jax.typeof(like).sharding)
 
 

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jopt import trees
 from jopt.trace import Site
 
-from . import _scopes, _select, _threshold
+from . import _bits, _scopes, _select, _threshold
 from . import _wide as wide
 from ._patterns import Pattern, Unstructured
 from ._scopes import Part
@@ -124,7 +125,24 @@ class Choice:
             selection, axes, parts, dense, shapes, self.pattern, self.scope, stacked=self.pooled
         )
         self._check_levels(plan)
+        if self.pooled:
+            self._check_places(selection)
         return plan
+
+    def _check_places(self, selection: Selection) -> None:
+        """Raises if masks in one array cannot lie where the weights do."""
+        pairs = zip(selection.chosen_paths, selection.chosen_weights, strict=True)
+        apart = [
+            f"  `{path}`: {jax.typeof(weight).sharding.spec}"
+            for path, weight in pairs
+            if any(_bits.devices_along(weight, axis) > 1 for axis in range(jnp.ndim(weight)))
+        ]
+        if apart:
+            raise ValueError(
+                f"`{self.caller}(..., pooled=True)` has all masks in one array, and a mesh of "
+                "explicit axes shares out these weights. Without it each mask lies where its "
+                "weight does:\n" + "\n".join(apart)
+            )
 
     def _check_levels(self, plan: Plan) -> None:
         """Raises if the scope asks more of a leaf than the pattern prunes, where that is known."""
@@ -148,6 +166,17 @@ class Choice:
                 f"of {len(paths)} weights:\n" + "\n".join(over) + "\nLower `sparsity`, or take "
                 '`scope="layer"` (each leaf alike) or `"global"`.'
             )
+
+
+def whole_steps(count: Any) -> bool:
+    """Whether it is a number of steps from 1 on, as far as that is known without tracing."""
+    if isinstance(count, Tracer):
+        return True
+    if isinstance(count, bool) or not isinstance(
+        count, int | float | np.number | np.ndarray | jax.Array
+    ):
+        return False
+    return bool(np.all((np.asarray(count) >= 1) & (np.asarray(count) % 1 == 0)))
 
 
 def ranked(score: Score, state: PyTree, weights: PyTree, *, caller: str) -> list[jax.Array]:

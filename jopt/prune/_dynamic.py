@@ -17,11 +17,11 @@ from jax.core import Tracer
 from jopt import trees
 from jopt.trace import Site
 
-from . import _landing, _packed, _threshold, _wide
-from ._choice import MAGNITUDE, UNSTRUCTURED, Choice, Plan, ranked
+from . import _bits, _landing, _packed, _threshold, _wide
+from ._choice import MAGNITUDE, UNSTRUCTURED, Choice, Plan, ranked, whole_steps
 from ._packed import Packed, Pooled, Words
 from ._patterns import Pattern
-from ._scopes import Policy
+from ._scopes import Policy, is_policy
 from ._scores import random
 
 PyTree = Any
@@ -94,8 +94,10 @@ def rigl(
       A gradient transformation with state `DynamicState`; `masks_of` reads the masks.
 
     Raises:
-      ValueError: as `masks` does; for `every` below 1 or `drop` outside [0, 1]; for a `scope`
-        or a `pattern` that leaves the number of a leaf's weights open.
+      ValueError: as `masks` does; for `every` or `until` that is no number of steps, or `drop`
+        outside [0, 1]; for a `scope` or a `pattern` that leaves the number of a leaf's weights
+        open; for `pooled`, as of `sparsify`.
+      TypeError: for a schedule of sparsities, or if `inner` is no gradient transformation.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -115,8 +117,7 @@ def rigl(
       arXiv 1911.11134.
     """
     choice = _dynamic("prune.rigl", pattern, scope, where, sites, unfit, pooled, every, drop)
-    if not isinstance(until, Tracer) and until < 1:
-        raise ValueError(f"`prune.rigl(..., until={until})` expects a number of steps, at least 1.")
+    _check_until("prune.rigl", until)
 
     def share(step: jax.Array) -> jax.Array:
         angle = np.float32(np.pi) * step.astype(jnp.float32) / jnp.asarray(until, jnp.float32)
@@ -169,6 +170,8 @@ def set(
       arXiv 1707.04780.
     """
     choice = _dynamic("prune.set", pattern, scope, where, sites, unfit, pooled, every, drop)
+    if until is not None:
+        _check_until("prune.set", until)
 
     def grow(grads: list[jax.Array], paths: list[str], step: jax.Array) -> list[jax.Array]:
         own = jax.random.fold_in(key, step)
@@ -237,13 +240,17 @@ def _dynamic(
             f"`{caller}(..., pattern={pattern})`: units come and go as a whole, so the pattern is "
             "`Unstructured()`, `Block(shape)` or `Channel(axis)`."
         )
-    few = not isinstance(every, Tracer) and every < 1
-    if few or not (isinstance(drop, Tracer) or 0 <= drop <= 1):
+    if not whole_steps(every) or not (isinstance(drop, Tracer) or 0 <= drop <= 1):
         raise ValueError(
             f"`{caller}(..., every={every}, drop={drop})` expects a number of steps, at least 1, "
             "and a share in [0, 1]."
         )
     return Choice(pattern, scope, where, sites, unfit, caller, pooled)
+
+
+def _check_until(caller: str, until: Any) -> None:
+    if not whole_steps(until) and until != np.inf:
+        raise ValueError(f"`{caller}(..., until={until})` expects a number of steps, at least 1.")
 
 
 def _moving(
@@ -254,7 +261,13 @@ def _moving(
     moves: Moves | None,
 ) -> optax.GradientTransformationExtraArgs:
     choice.check(sparsity, MAGNITUDE)
-    wrapped = optax.with_extra_args_support(inner)
+    levels = [level for _, level in sparsity] if is_policy(sparsity) else [sparsity]
+    if any(callable(level) for level in levels):
+        raise TypeError(
+            f"`{choice.caller}(sparsity, ...)`: a leaf keeps the number of its weights, so "
+            "sparsities are numbers, not schedules."
+        )
+    wrapped = _landing.wrapped(inner, choice.caller)
 
     def init(params: PyTree) -> DynamicState:
         step = jnp.zeros([], jnp.int32)
@@ -265,7 +278,10 @@ def _moving(
         weights = plan.selection.weights(params)
         scores = ranked(random(key), (), weights, caller=choice.caller)
         kept = plan.choose(scores, [part.sparsity for part in plan.parts])
-        words = _packed.pack_all([~mask for mask in kept], pooled=choice.pooled)
+        # Scores at random lie nowhere in particular.
+        pairs = zip(kept, plan.selection.chosen_weights, strict=True)
+        lost = [_bits.placed(~mask, weight) for mask, weight in pairs]
+        words = _packed.pack_all(lost, pooled=choice.pooled)
         packed = _packed.blank(params, plan.selection, pooled=choice.pooled)
         packed = _packed.with_words(packed, plan.selection, words)
         return DynamicState(step, packed, wrapped.init(params))

@@ -26,6 +26,16 @@ def needed(params: PyTree | None, caller: str) -> PyTree:
     return params
 
 
+def wrapped(inner: Any, caller: str) -> optax.GradientTransformationExtraArgs:
+    """The optimizer inside, which takes any arguments, or an error that says what was given."""
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"`{caller}(..., inner={inner!r})` expects a gradient transformation, such as "
+            "`optax.adam(1e-3)`."
+        )
+    return optax.with_extra_args_support(inner)
+
+
 def pruned(words: Words, selection: Selection) -> list[jax.Array]:
     """Booleans from bits, shaped like the chosen weights."""
     weights = selection.chosen_weights

@@ -217,7 +217,8 @@ def _masks(packed: Packed | Pooled) -> PyTree:
         )
     if isinstance(packed, Pooled):
         shapes = pooled_shapes(packed)
-        gone = iter(unpack_all(packed.words, [shape for shape in shapes if shape]))
+        (words,) = jax.tree.leaves(packed.words)  # in `nnx.Optimizer` it is inside a variable
+        gone = iter(unpack_all(words, [shape for shape in shapes if shape]))
         masks = [
             optax.MaskedNode() if shape is None else ~next(gone) if shape else jnp.ones((), bool)
             for shape in shapes

@@ -6,13 +6,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
 from jopt import trees
 from jopt.trace import Site
 
 from . import _landing, _masks, _packed, _scopes
-from ._choice import MAGNITUDE, UNSTRUCTURED, Choice, Plan, ranked
+from ._choice import MAGNITUDE, UNSTRUCTURED, Choice, Plan, ranked, whole_steps
 from ._packed import Packed, Pooled, Words
 from ._patterns import Pattern
 from ._scopes import Level, Policy
@@ -99,7 +98,9 @@ def sparsify(
       chain's state.
 
     Raises:
-      ValueError: as `masks` does, if `every` is below 1, and if `update` gets no `params`.
+      ValueError: as `masks` does, if `every` is no number of steps, if `update` gets no `params`,
+        and for `pooled` parameters that a mesh of explicit axes shares out.
+      TypeError: if `inner` is no gradient transformation.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -119,7 +120,7 @@ def sparsify(
     caller = "prune.sparsify"
     choice = Choice(pattern, scope, where, sites, unfit, caller, pooled)
     choice.check(sparsity, score)
-    if not isinstance(every, Tracer) and every < 1:
+    if not whole_steps(every):
         raise ValueError(f"`{caller}(..., every={every})` expects a number of steps, at least 1.")
     return gradual(choice, sparsity, score, every, inner, "anew" if regrow else "grow")
 
@@ -162,7 +163,7 @@ def hold(
              [ 1.5,  0. ]], dtype=float32)
     """
     caller = "prune.hold"
-    wrapped = None if inner is None else optax.with_extra_args_support(inner)
+    wrapped = None if inner is None else _landing.wrapped(inner, caller)
 
     def selected(params: PyTree) -> tuple[Selection, list[jax.Array]]:
         found = _masks.aligned(masks, params, caller=caller)
@@ -216,7 +217,7 @@ def gradual(
     mode: Literal["grow", "anew", "phases"],
 ) -> optax.GradientTransformationExtraArgs:
     """`sparsify` with masks that only grow, or new ones at each look, or as sparsity changes."""
-    wrapped = None if inner is None else optax.with_extra_args_support(inner)
+    wrapped = None if inner is None else _landing.wrapped(inner, choice.caller)
 
     def init(params: PyTree) -> SparsifyState:
         step, reached = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)

@@ -334,6 +334,15 @@ def test_errors():
         tx = call()
         with pytest.raises(ValueError, match="acts on weights"):
             tx.update(params, tx.init(params))
+    for sparsity in (lambda step: 0.5, [("**", lambda step: 0.5)]):
+        with pytest.raises(TypeError, match=r"`prune.set\(.*numbers, not schedules"):
+            prune.set(sparsity, **options)
+    with pytest.raises(TypeError, match=r"`prune.static\(..., inner=None\)` expects a gradient"):
+        prune.static(0.5, inner=None, key=key)
+    with pytest.raises(ValueError, match=r"`prune.rigl\(..., until=None\)`"):
+        prune.rigl(0.5, until=None, **options)
+    with pytest.raises(ValueError, match=r"`prune.set\(..., until=-1\)`"):
+        prune.set(0.5, until=-1, **options)
     with pytest.raises(ValueError, match=r"every=0"):
         prune.rigl(0.5, until=9, every=0, **options)
     with pytest.raises(ValueError, match=r"drop=1.5"):

@@ -72,6 +72,21 @@ def test_eight_devices_agree_with_one_and_gather_nothing(name, axis_type):
         assert state.masks.words[key].sharding.spec == SPECS[key]
 
 
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "x"), P("y", "x")], ids=str)
+@pytest.mark.parametrize("name", ["rigl", "set"])
+def test_first_masks_lie_where_weights_do_inside_a_mesh(name, spec):
+    tx, alone = MOVING[name](), {"b": matrices()["b"]}
+    expected = jax.jit(step_of(tx))(*jax.jit(step_of(tx))(alone, tx.init(alone)))
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(alone, NamedSharding(mesh, spec))
+        for init in (tx.init, jax.jit(tx.init)):
+            state = init(params)
+            assert jax.typeof(state.masks.words["b"]).sharding.spec == spec
+            found = jax.jit(step_of(tx))(*jax.jit(step_of(tx))(params, state))
+            np.testing.assert_allclose(found[0]["b"], expected[0]["b"], rtol=1e-5, atol=1e-6)
+
+
 def test_pmap():
     params, tx = matrices(), MOVING["rigl"]()
 

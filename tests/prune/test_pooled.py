@@ -183,3 +183,38 @@ def test_masks_are_read_outside_jit():
     state = tx.init({"w": jnp.ones((4, 4))})
     with pytest.raises(TypeError, match="outside `jit`"):
         jax.jit(prune.masks_of)(state)
+
+
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "x")], ids=str)
+def test_weights_that_a_mesh_of_explicit_axes_shares_out(spec):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    weight = jax.random.normal(KEY, (64, 64))
+    with jax.set_mesh(mesh):
+        params = {"kernel": jax.device_put(weight, NamedSharding(mesh, spec))}
+        for tx in (
+            optax.chain(SGD, prune.sparsify(0.5, pooled=True)),
+            prune.rigl(0.5, until=9, pooled=True, **MOVES),
+        ):
+            with pytest.raises(ValueError, match=r"pooled=True.*explicit axes(?s:.*)`kernel`: P"):
+                tx.init(params)
+        whole = {"kernel": jax.device_put(weight, NamedSharding(mesh, P()))}
+        tx = optax.chain(SGD, prune.sparsify(0.5, pooled=True))
+        updates, _ = jax.jit(tx.update)(whole, tx.init(whole), whole)
+        assert int((optax.apply_updates(whole, updates)["kernel"] == 0).sum()) == 64 * 32
+
+
+def test_masks_in_the_state_of_an_nnx_optimizer():
+    nnx = pytest.importorskip("flax.nnx")
+    masks = []
+    for pooled in (False, True):
+        model = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
+        tx = optax.chain(SGD, prune.sparsify(0.5, pooled=pooled))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        grads = nnx.grad(lambda m: (m(jnp.ones((2, 8))) ** 2).sum())(model)
+        optimizer.update(model, grads)
+        found = prune.masks_of(optimizer.opt_state)
+        masks.append([np.asarray(leaf) for leaf in jax.tree.leaves(found)])
+        kernel = np.asarray(model.kernel[...])
+        assert any(m.shape == kernel.shape and ((kernel == 0) == ~m).all() for m in masks[-1])
+    for one, other in zip(*masks, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -309,8 +309,11 @@ def test_errors():
         prune.hold({"s": False}).init({"s": {"scale": jnp.ones(()), "kernel": jnp.ones((2, 2))}})
     with pytest.raises(ValueError, match=r"in \[0, 1\)"):
         prune.sparsify(1.5)
-    with pytest.raises(ValueError, match=r"every=0.*at least 1"):
-        prune.sparsify(0.5, every=0)
+    for every in (0, 1.5, float("nan"), None, True):
+        with pytest.raises(ValueError, match=rf"every={every}.*at least 1"):
+            prune.sparsify(0.5, every=every)
+    with pytest.raises(TypeError, match=r"`prune.sparsify\(..., inner=5\)` expects a gradient tr"):
+        prune.sparsify(0.5, inner=5)
     with pytest.raises(ValueError, match="matched none of 5"):
         prune.sparsify(0.5, where="nothing").init(params)
     with pytest.raises(ValueError, match="does not fit 2 of 3 weights"):

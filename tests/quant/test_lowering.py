@@ -439,6 +439,23 @@ def test_products_of_bfloat16_count_where_there_are_units_for_them(monkeypatch):
         assert some == ("a16" in entry.kind)
 
 
+def test_a_cpu_with_amx_has_a_table_of_its_own(monkeypatch):
+    """Same kinds, shapes and implementations, other times: products of bytes are fastest there."""
+    found = []
+    for units in (NEW, NEW | {"amx_bf16", "amx_int8"}):
+        on_a_cpu_with(units, monkeypatch)
+        table = timings.built_in()["cpu"]
+        shapes = {
+            (t.kind, t.rows, t.inputs, t.outputs): dict(t.microseconds) for t in table.entries
+        }
+        plan = lowering.plan(lowering.Case("w8a8", 512, 2048, 2048), ("integers", "bfloat16"), "x")
+        found.append((shapes, plan.names[0]))
+    (one, first), (other, second) = found
+    assert one.keys() == other.keys() and one != other
+    assert all(one[shape].keys() == other[shape].keys() for shape in one)
+    assert (first, second) == ("bfloat16", "integers")
+
+
 def test_one_name_of_a_cpu_is_not_one_device(monkeypatch):
     """A table of another machine of that name, with other units, is not taken."""
     devices = []

@@ -1,8 +1,9 @@
 """Tables of measured times: which implementation of a quantized product is fastest where.
 
 A table belongs to one backend and one kind of device. `jopt profile --tune` writes one; nothing is
-read unless `use_table` or the environment variable `JOPT_PRODUCTS` names the file. The one that
-comes with jopt is of a CPU with units for products of bfloat16; on others those do not count.
+read unless `use_table` or the environment variable `JOPT_PRODUCTS` names the file. Two come with
+jopt: of a CPU with AMX, and of one with AVX-512 and units for products of bfloat16, which is for
+all others; where there are no such units those products do not count.
 """
 
 import contextlib
@@ -213,13 +214,15 @@ def _ignored(name: str, why: str) -> None:
 
 def built_in() -> dict[str, Timings]:
     """What jopt's own table says of this machine, by backend."""
-    return {"cpu": _shipped(bool(BFLOAT16_UNITS & cpu_units()))}
+    units = cpu_units()
+    name = "measured_cpu_amx.json" if "amx_int8" in units else "measured_cpu.json"
+    return {"cpu": _shipped(name, bfloat16=bool(BFLOAT16_UNITS & units))}
 
 
 @functools.cache
-def _shipped(bfloat16: bool) -> Timings:
-    """jopt's table, without products of bfloat16 where operands of another type can serve."""
-    table = parse((pathlib.Path(__file__).parent / "measured_cpu.json").read_text())
+def _shipped(name: str, *, bfloat16: bool) -> Timings:
+    """A table of jopt's, without products of bfloat16 where operands of another type can serve."""
+    table = parse((pathlib.Path(__file__).parent / name).read_text())
     if bfloat16:
         return table
 
