@@ -175,4 +175,6 @@ def test_orbax(name, tmp_path):
 def test_exports(name):
     tx = MOVING[name]()
     shapes = jax.eval_shape(lambda p: (p, tx.init(p)), matrices())
-    jax.export.export(jax.jit(step_of(tx)), platforms=("cpu", "cuda", "tpu"))(*shapes)
+    platforms = ("cpu", "cuda", "tpu")
+    exported = jax.export.export(jax.jit(step_of(tx)), platforms=platforms)(*shapes)
+    assert exported.platforms == platforms and len(exported.out_avals) == len(exported.in_avals)

@@ -82,6 +82,14 @@ def test_layers_map_and_jit_and_bfloat16():
     assert small.codes.dtype == jnp.int4 and scales.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("format", [Int(4), Int(4, granularity="group", group_size=8), FORMATS[3]])
+@pytest.mark.parametrize("shape", [(32, 0), (0, 8)], ids=str)
+def test_empty_weights(format, shape):
+    inputs = shape[0]
+    rounded, scales = awq(jnp.zeros(shape), jnp.eye(inputs), jnp.ones(inputs), format)
+    assert rounded.codes.shape == shape == value(rounded, scales, format).shape
+
+
 def test_lowers_everywhere():
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((24, 8), (24, 24), (24,))]
     f = jax.jit(lambda *a: awq(*a, FORMATS[2]))

@@ -20,6 +20,7 @@ from .layerwise import (
     fitted,
     nearest,
     over_layers,
+    pooled,
     sound,
 )
 
@@ -217,10 +218,11 @@ def _clipped(
 
 def _own_error(difference: jax.Array, hessian: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """The error of what shares a grid, as if nothing else had one."""
-    (groups, columns), (inputs, outputs) = shape, difference.shape
+    groups, (inputs, outputs) = shape[0], difference.shape
+    if not difference.size:
+        return jnp.zeros(shape)
     size, every = inputs // groups, jnp.arange(groups)
     blocks = hessian.reshape(groups, size, groups, size)[every, :, every]
     split = difference.reshape(groups, size, outputs)
     product = jnp.einsum("gij,gjo->gio", blocks, split, precision=EXACT)
-    own = jnp.sum(split * product, axis=1)
-    return jnp.sum(own.reshape(groups, columns, outputs // columns), axis=-1)
+    return pooled(jnp.sum(split * product, axis=1), shape)
