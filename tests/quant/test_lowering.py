@@ -101,8 +101,10 @@ WIDE = [  # weight, activation, rows, turned, outputs, implementations
 ]
 
 
+@pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("case", WIDE, ids=lambda case: str(WIDE.index(case)))
-def test_implementations_of_wide_weights_and_single_rows(case):
+def test_implementations_of_wide_weights_and_single_rows(case, devices, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
     weight, activation, rows, turned, outputs, names = case
     f, leaf, x = operands(Spec(weight, activation), rows, turned, outputs=outputs)
     wanted = expected(leaf, x, turned)
@@ -203,6 +205,31 @@ def test_three_parts_of_a_weight_are_dense_at_a_time(inputs, monkeypatch):
     text, temporary = stripes(batch, jnp.stack([x, x]))
     assert "gather(" not in text
     assert temporary < 3.4 * part
+
+
+@pytest.mark.parametrize("name, format", [("tiled_half", Int(8)), ("paired_tiled_half", Int(4))])
+def test_half_of_a_weight_is_dense_at_a_time(name, format, monkeypatch):
+    """On one device halves are no loop either, and wait: within a layer and between them."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    size = 1024
+    w = jax.random.normal(jax.random.key(0), (size, size))
+    leaves = [quant.quantize(w, Spec(format)) for _ in range(4)]
+
+    def f(leaves, x):
+        for w in leaves:
+            x = jnp.tanh(x @ w)
+        return x
+
+    for apply, x in (
+        (lift(f), jnp.ones((4, size))),
+        (jax.vmap(lift(f), in_axes=(None, 0)), jnp.ones((2, 4, size))),
+    ):
+        with quant.use_implementation(name):
+            compiled = jax.jit(apply).lower(leaves, x).compile()
+        assert "while(" not in compiled.as_text()
+        # Codes of four bits lie beside it, two to a byte, those of all layers from the start.
+        codes = len(leaves) * size**2 // 2 if format.bits == 4 else 0
+        assert compiled.memory_analysis().temp_size_in_bytes < 1.05 * (2 * size**2 + codes)
 
 
 def test_stripes_of_nothing(monkeypatch):

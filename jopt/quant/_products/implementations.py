@@ -40,7 +40,7 @@ from .integers import (
     parts,
 )
 from .operands import Implementation, Operands, codes_in_bfloat16, group_count, padded
-from .values import STRIPE, dense, paired_half, paired_striped, striped, tiled
+from .values import STRIPE, dense, half, paired_half, paired_striped, striped, tiled
 
 # Outputs for which `tiled` and its like dequantize a weight at a time.
 WIDTHS = {"tiled_narrow": 64, "tiled": 128, "tiled_wide": 256}
@@ -83,7 +83,7 @@ _SINGLE: dict[str, Implementation] = {
     "grouped_bfloat16": functools.partial(grouped, narrow=jnp.bfloat16),
     "dense": dense,
     "padded_dense": functools.partial(padded, inner=dense),
-    "tiled_half": tiled,
+    "tiled_half": half,
     **{name: functools.partial(tiled, width=width) for name, width in WIDTHS.items()},
 }
 IMPLEMENTATIONS: dict[str, Implementation] = {

@@ -46,31 +46,21 @@ def dense(o: Operands) -> jax.Array:
     )
 
 
-def tiled(o: Operands, width: int | None = None) -> jax.Array:
+def tiled(o: Operands, width: int) -> jax.Array:
     """The weight dequantized for some outputs at a time, so that it never exists as a whole."""
-    if width is None:
-        width = -(-o.leaf.codes.shape[0 if o.turned else 1] // 2)
     return padded(o, functools.partial(_tiled, width=width))
 
 
+def half(o: Operands) -> jax.Array:
+    """The weight dequantized for half of the outputs, then for the others."""
+    if not _in_order(o):
+        return tiled(o, o.leaf.codes.shape[0 if o.turned else 1] // 2)
+    return padded(o, lambda o: _in_turn(o.x, [(o, None)])[0])
+
+
 def paired_half(o: Operands) -> jax.Array:
-    """An int4 weight dequantized by even and odd columns, one after the other."""
-    both = pairs(o.leaf.codes)
-    four: Any = jnp.asarray(4, both.dtype)
-    coarse = [half.split()[1] for half in halves(o)]
-    xs = jnp.stack([o.x[:, i::2] for i in (0, 1)]) if o.turned else jnp.stack([o.x, o.x])
-
-    if o.turned:  # pairs lie along the inputs
-        o = o._replace(dtype=summed_in(o))
-
-    def product(turn: Any) -> jax.Array:
-        shift, coarse, x = turn
-        leaf = o.leaf.joined(jnp.right_shift(jnp.left_shift(both, shift), four), coarse)
-        return dense(o._replace(x=x, leaf=leaf))
-
-    shifts = jnp.stack([four, jnp.zeros_like(four)])
-    y = jax.lax.map(product, (shifts, jax.tree.map(lambda *c: jnp.stack(c), *coarse), xs))
-    return y[0] + y[1] if o.turned else woven(y[0], y[1])
+    """An int4 weight dequantized by even and odd columns, of half of the outputs at a time."""
+    return padded(o, _paired_in_turn if _in_order(o) else _paired_in_loop)
 
 
 def striped(o: Operands) -> jax.Array:
@@ -86,28 +76,85 @@ def paired_striped(o: Operands) -> jax.Array:
 # Helpers, in order of use.
 
 
-def _tiled(o: Operands, width: int) -> jax.Array:
+def _in_order(o: Operands) -> bool:
+    """Whether parts can be written out that wait for each other, as `_once_there` has it."""
+    # What a part waits for would have to be sent to all devices, where there are several.
+    return isinstance(o.x.shape[0], int) and o.x.shape[0] > 0 and jax.device_count() == 1
+
+
+def _in_turn(x: jax.Array, products: Sequence[tuple[Operands, Any]]) -> list[jax.Array]:
+    """Each product, half of the outputs after half; of so many products a half exists at a time.
+
+    XLA:CPU waits for all threads at the end of each turn of a loop, and then puts outputs into
+    order by a copy; here that is fused with what comes after. Products go with how their codes are
+    unpacked, as `_some` takes it.
+    """
+    first, found = products[0][0], []
+    outputs = first.leaf.codes.shape[0 if first.turned else 1]
+    width = -(-outputs // 2)
+    for begin in range(0, outputs, width):
+        for o, unpacked in products:
+            before = found[-len(products)] if begin else x
+            start = _once_there(jnp.asarray(begin), before)
+            found.append(dense(_some(o, start, min(width, outputs - begin), unpacked)))
+    return [jnp.concatenate(found[i :: len(products)], axis=1) for i in range(len(products))]
+
+
+def _some(o: Operands, start: Any, size: int, unpacked: Any = None) -> Operands:
+    """The operands of some outputs; `unpacked` makes codes of what cuts arrays to these outputs."""
     axis = 0 if o.turned else 1
-    outputs = o.leaf.codes.shape[axis]
+
+    def cut(array: jax.Array) -> jax.Array:
+        if array.shape[axis] == 1:
+            return array
+        return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
+
     codes, coarse = o.leaf.split()
-    coarse = coarse_map(lambda c: per_output(c, o), coarse)
+    codes = unpacked(cut) if unpacked else cut(codes)
+    coarse = coarse_map(lambda c: cut(per_output(c, o)), coarse)
+    return o._replace(leaf=o.leaf.joined(codes, coarse))  # pyright: ignore[reportArgumentType]
 
-    def columns(start: Any, size: int) -> jax.Array:
-        def cut(array: jax.Array) -> jax.Array:
-            if array.shape[axis] == 1:
-                return array
-            return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
-        leaf = o.leaf.joined(cut(codes), coarse_map(cut, coarse))
-        return dense(o._replace(leaf=leaf))  # pyright: ignore[reportArgumentType]
+def _paired_in_turn(o: Operands) -> jax.Array:
+    both = pairs(o.leaf.codes)
+    products = [(one, lambda cut, i=i: apart(cut(both))[i]) for i, one in enumerate(_each_half(o))]
+    even, odd = _in_turn(o.x, products)
+    return even + odd if o.turned else woven(even, odd)
 
-    count, rest = divmod(outputs, width)
+
+def _paired_in_loop(o: Operands) -> jax.Array:
+    both = pairs(o.leaf.codes)
+    four: Any = jnp.asarray(4, both.dtype)
+    sides = _each_half(o)
+
+    def product(turn: Any) -> jax.Array:
+        shift, coarse, x = turn
+        leaf = o.leaf.joined(jnp.right_shift(jnp.left_shift(both, shift), four), coarse)
+        return dense(sides[0]._replace(x=x, leaf=leaf))
+
+    shifts = jnp.stack([four, jnp.zeros_like(four)])
+    stacked = [(side.leaf.split()[1], side.x) for side in sides]
+    turns = (shifts, *jax.tree.map(lambda *arrays: jnp.stack(arrays), *stacked))
+    even, odd = jax.lax.map(product, turns)
+    return even + odd if o.turned else woven(even, odd)
+
+
+def _each_half(o: Operands) -> list[Operands]:
+    """The operands of the even columns of an int4 weight, and of the odd ones."""
+    if o.turned:  # pairs lie along the inputs
+        o = o._replace(dtype=summed_in(o))
+        return [o._replace(x=o.x[:, i::2], leaf=own) for i, own in enumerate(halves(o))]
+    return [o._replace(leaf=own) for own in halves(o)]
+
+
+def _tiled(o: Operands, width: int) -> jax.Array:
+    count, rest = divmod(o.leaf.codes.shape[0 if o.turned else 1], width)
     if count < 2:
         return dense(o)
-    parts = jax.lax.map(lambda i: columns(i * width, width), jnp.arange(count))
+    parts = jax.lax.map(lambda i: dense(_some(o, i * width, width)), jnp.arange(count))
     parts = jnp.moveaxis(parts, 0, 1).reshape(o.x.shape[0], count * width)
     if rest:
-        parts = jnp.concatenate([parts, columns(count * width, rest)], axis=1)
+        parts = jnp.concatenate([parts, dense(_some(o, count * width, rest))], axis=1)
     return parts
 
 
@@ -129,11 +176,9 @@ def _striped(o: Operands, codes: jax.Array, leaves: tuple[QArray, ...], unpack: 
 
     weight = (codes, [leaf.split()[1] for leaf in leaves])
     begun = [zeros(one).astype(dtype) for one in own]
-    rows, inputs = o.x.shape
-    groups, known = group_count(o), isinstance(rows, int) and rows > 0
+    inputs, groups = o.x.shape[1], group_count(o)
     fits = inputs % PART == 0 and (groups == 1 or PART * groups % inputs == 0)
-    # What a part waits for would have to be sent to all devices, where there are several.
-    if known and fits and inputs <= WRITTEN_OUT and jax.device_count() == 1:
+    if _in_order(o) and fits and inputs <= WRITTEN_OUT:
         totals = _in_lanes(o.x, weight, axis, part)
     else:
         totals = over_inputs(o.x, weight, axis, STRIPE, part, begun)
