@@ -22,7 +22,7 @@ from ._choice import MAGNITUDE, UNSTRUCTURED, Choice, Plan, ranked, whole_steps
 from ._packed import Packed, Pooled, Words
 from ._patterns import Pattern
 from ._scopes import Policy, is_policy
-from ._scores import random
+from ._scores import check_key, random
 
 PyTree = Any
 Grow = Callable[[list[jax.Array], list[str], jax.Array], list[jax.Array]]
@@ -97,7 +97,8 @@ def rigl(
       ValueError: as `masks` does; for `every` or `until` that is no number of steps, or `drop`
         outside [0, 1]; for a `scope` or a `pattern` that leaves the number of a leaf's weights
         open; for `pooled`, as of `sparsify`.
-      TypeError: for a schedule of sparsities, or if `inner` is no gradient transformation.
+      TypeError: for a schedule of sparsities, if `inner` is no gradient transformation, or if `key`
+        is no random key.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -163,6 +164,7 @@ def set(
 
     Raises:
       ValueError: as `rigl` does.
+      TypeError: as `rigl` does.
 
     References:
       Mocanu, Mocanu, Stone, Nguyen, Gibescu, Liotta, "Scalable Training of Artificial Neural
@@ -211,6 +213,7 @@ def static(
 
     Raises:
       ValueError: as `rigl` does.
+      TypeError: as `rigl` does.
     """
     choice = _dynamic("prune.static", pattern, scope, where, sites, unfit, pooled)
     return _moving(choice, sparsity, inner, key, None)
@@ -261,6 +264,7 @@ def _moving(
     moves: Moves | None,
 ) -> optax.GradientTransformationExtraArgs:
     choice.check(sparsity, MAGNITUDE)
+    check_key(key, choice.caller)
     levels = [level for _, level in sparsity] if is_policy(sparsity) else [sparsity]
     if any(callable(level) for level in levels):
         raise TypeError(

@@ -96,6 +96,18 @@ def magnitude(p: float = 1) -> Score:
     return Score(lambda state, params: jax.tree.map(power, params))
 
 
+def check_key(key: Any, caller: str) -> None:
+    """Refuses what is no random key, neither a new one nor an array of uint32."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if shape != () if typed else dtype != np.uint32 or len(shape or ()) != 1:
+        given = repr(key) if dtype is None else f"{dtype} of shape {shape}"
+        raise TypeError(
+            f"`{caller}(..., key=...)` expects one random key, such as `jax.random.key(0)`, "
+            f"and was given {given}."
+        )
+
+
 def random(key: jax.Array) -> Score:
     """Scores weights at random: uniform in [0, 1), independent of the weights.
 
@@ -107,7 +119,11 @@ def random(key: jax.Array) -> Score:
 
     Returns:
       A `Score` without state.
+
+    Raises:
+      TypeError: if it is none.
     """
+    check_key(key, "prune.random")
 
     def uniform(path: str, weight: jax.Array) -> jax.Array:
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))

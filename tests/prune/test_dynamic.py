@@ -339,6 +339,12 @@ def test_errors():
             prune.set(sparsity, **options)
     with pytest.raises(TypeError, match=r"`prune.static\(..., inner=None\)` expects a gradient"):
         prune.static(0.5, inner=None, key=key)
+    for none in (0, None, jnp.zeros(2), jax.random.split(key)):
+        with pytest.raises(TypeError, match=r"`prune.static\(..., key=.*expects one random"):
+            prune.static(0.5, inner=options["inner"], key=none)
+        with pytest.raises(TypeError, match=r"`prune.random\(..., key=.* was given"):
+            prune.random(none)
+    prune.static(0.5, inner=options["inner"], key=jax.random.PRNGKey(0)).init(params)
     with pytest.raises(ValueError, match=r"`prune.rigl\(..., until=None\)`"):
         prune.rigl(0.5, until=None, **options)
     with pytest.raises(ValueError, match=r"`prune.set\(..., until=-1\)`"):

@@ -31,6 +31,34 @@ def test_as_numpy_has_them_with_nan_in_any_place(shape):
             np.testing.assert_array_equal(largest, np.where(np.isnan(most), np.inf, most))
 
 
+@pytest.mark.parametrize("shape", [(64, 1024), (5, 7, 1024), (1, 32771), (40000,), (3, 131, 97)])
+def test_many_values_are_laid_over_each_other(shape, monkeypatch):
+    """On one device; the largest value, the smallest one and a NaN may be in any of the slices."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape).astype(np.float32)
+    axes = tuple(range(len(shape)))
+
+    def both(x):
+        return *reductions.ends(x, axes), reductions.largest(x, axes, keepdims=True)
+
+    for devices in (8, 1):
+        monkeypatch.setattr(jax, "device_count", lambda: devices)  # noqa: B023
+        program = str(jax.make_jaxpr(lambda x: both(x))(x))
+        assert (" slice[" in program) == (devices == 1)
+    run = jax.jit(both)
+    places = [*rng.integers(x.size, size=6), 0, x.size - 1]
+    for place, value in itertools.product(places, (9, -9, np.nan, -np.nan, np.inf)):
+        new = x.copy()
+        new.reshape(-1)[place] = value
+        low, high, most = new.min(), new.max(), np.abs(new).max(keepdims=True)
+        found = run(new)
+        np.testing.assert_array_equal(found[0], np.where(np.isnan(low), -np.inf, low))
+        np.testing.assert_array_equal(found[1], np.where(np.isnan(high), np.inf, high))
+        np.testing.assert_array_equal(found[2], np.where(np.isnan(most), np.inf, most))
+    batch = jax.vmap(both)(jnp.stack([x, 2 * x]))
+    np.testing.assert_array_equal(batch[1], np.stack([x.max(), 2 * x.max()]))
+
+
 def test_no_values_leave_what_there_was_initially():
     low, high = reductions.ends(jnp.zeros((0, 3)), 0, initial=(np.inf, -np.inf))
     np.testing.assert_array_equal(low, np.full(3, np.inf))

@@ -53,21 +53,21 @@ def possible(o: Operands) -> tuple[str, ...]:
     narrow, groups = codes_in_bfloat16(o), group_count(o)
     whole_groups = groups == 1 or (groups > 0 and STRIPE * groups % inputs == 0)
     stripes = ["striped"] * (inputs >= 2 * STRIPE and whole_groups)
+    halves = ["tiled_half"] * (outputs > 2 * max(WIDTHS.values()))
     names: list[str] = []
     if whole and (coded or narrow) and groups == 1:
         names += ["bfloat16"] + (["integers"] + ["padded"] * (o.x.shape[0] == 1)) * coded
         names += ["blocked"] * (coded and not o.turned and inputs >= 2 * BLOCK)
-        names += stripes * narrow
+        names += halves * narrow + stripes * narrow
     elif whole and (coded or narrow) and groups and inputs // groups >= 16:
         names += ["grouped_bfloat16"] + ["grouped"] * coded
     elif o.leaf.activation is None:
         names += ["dense"] + ["padded_dense"] * (o.x.shape[0] == 1)
         names += [name for name, width in WIDTHS.items() if outputs > width]
-        names += ["tiled_half"] * (outputs > 2 * max(WIDTHS.values()))
-        names += stripes
+        names += halves + stripes
     if splits(o):
-        halves = outputs if o.turned else outputs // 2
-        cut = [name for name in names if halves > WIDTHS.get(name, 0)]
+        own = outputs if o.turned else outputs // 2
+        cut = [name for name in names if own > WIDTHS.get(name, 0)]
         names += [f"paired_{name}" for name in cut if name != "striped" or not o.turned]
         if "paired_padded" in names and not o.turned and parts(inputs) > 1:
             names.append("paired_vector")

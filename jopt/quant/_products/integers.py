@@ -140,14 +140,13 @@ def _zero_sums(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _in_halves(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
     del axis  # the weight is not turned
-    both = pairs(w)
-    signed = both.dtype == jnp.int8
+    both, eight = jax.lax.bitcast_convert_type(pairs(w), jnp.uint8), 0
+    if w.dtype == jnp.int4:  # a code and eight is not negative: fewer operations take it out
+        both, eight = both ^ jnp.uint8(0x88), 8
 
     def part(x: jax.Array, both: jax.Array) -> tuple[jax.Array, jax.Array]:
         row, wide = x[0][:, None].astype(jnp.int32), both.astype(jnp.int32)
-        # Of signed codes the shifts copy the sign.
-        even = jnp.right_shift(jnp.left_shift(wide, 28), 28) if signed else wide & 15
-        halves = even + jnp.left_shift(jnp.right_shift(wide, 4), 16)
+        halves = (wide | jnp.left_shift(wide, 12)) & 0x000F000F
         sums = jnp.sum((row * halves).reshape(-1, SIXTEEN, halves.shape[1]), 1, jnp.int32)
         low = jnp.right_shift(jnp.left_shift(sums, 16), 16)
         high = jnp.right_shift(sums - low, 16)
@@ -157,7 +156,8 @@ def _in_halves(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
     # which XLA would else do again for each output.
     total = _zero_sums(x, both)
     size = w.shape[0] // parts(w.shape[0])
-    return woven(*over_inputs(x, both, 0, size, part, (total, total)))
+    sums = woven(*over_inputs(x, both, 0, size, part, (total, total)))
+    return sums - eight * jnp.sum(x, 1, jnp.int32, keepdims=True) if eight else sums
 
 
 def _bfloat16(o: Operands) -> jax.Array:

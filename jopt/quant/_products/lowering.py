@@ -149,7 +149,7 @@ def fastest(times: dict[str, float]) -> str:
 
 def lean(times: dict[str, float]) -> dict[str, float]:
     """The times of what does not make the whole weight dense, where there is such."""
-    whole = ["dense"] + ["bfloat16"] * any(name.endswith("striped") for name in times)
+    whole = ["dense"] + ["bfloat16"] * any(name.endswith(("striped", "half")) for name in times)
     spare = {name: t for name, t in times.items() if name.split("_")[-1] not in whole}
     return spare or times
 

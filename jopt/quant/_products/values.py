@@ -96,7 +96,7 @@ def _in_turn(x: jax.Array, products: Sequence[tuple[Operands, Any]]) -> list[jax
         for o, unpacked in products:
             before = found[-len(products)] if begin else x
             start = _once_there(jnp.asarray(begin), before)
-            found.append(dense(_some(o, start, min(width, outputs - begin), unpacked)))
+            found.append(_product(_some(o, start, min(width, outputs - begin), unpacked)))
     return [jnp.concatenate(found[i :: len(products)], axis=1) for i in range(len(products))]
 
 
@@ -130,7 +130,7 @@ def _paired_in_loop(o: Operands) -> jax.Array:
     def product(turn: Any) -> jax.Array:
         shift, coarse, x = turn
         leaf = o.leaf.joined(jnp.right_shift(jnp.left_shift(both, shift), four), coarse)
-        return dense(sides[0]._replace(x=x, leaf=leaf))
+        return _product(sides[0]._replace(x=x, leaf=leaf))
 
     shifts = jnp.stack([four, jnp.zeros_like(four)])
     stacked = [(side.leaf.split()[1], side.x) for side in sides]
@@ -150,12 +150,19 @@ def _each_half(o: Operands) -> list[Operands]:
 def _tiled(o: Operands, width: int) -> jax.Array:
     count, rest = divmod(o.leaf.codes.shape[0 if o.turned else 1], width)
     if count < 2:
-        return dense(o)
-    parts = jax.lax.map(lambda i: dense(_some(o, i * width, width)), jnp.arange(count))
+        return _product(o)
+    parts = jax.lax.map(lambda i: _product(_some(o, i * width, width)), jnp.arange(count))
     parts = jnp.moveaxis(parts, 0, 1).reshape(o.x.shape[0], count * width)
     if rest:
-        parts = jnp.concatenate([parts, dense(_some(o, count * width, rest))], axis=1)
+        parts = jnp.concatenate([parts, _product(_some(o, count * width, rest))], axis=1)
     return parts
+
+
+def _product(o: Operands) -> jax.Array:
+    """With the weight dequantized, or with its codes in bfloat16 where that is what is met."""
+    if not (codes_in_bfloat16(o) and isinstance(o.leaf.format, Int) and group_count(o) == 1):
+        return dense(o)
+    return _times_narrow(o) * as_row(o.leaf.scale, o).astype(jnp.float32)
 
 
 def _striped(o: Operands, codes: jax.Array, leaves: tuple[QArray, ...], unpack: Any) -> list[Any]:
