@@ -96,11 +96,14 @@ def magnitude(p: float = 1) -> Score:
     return Score(lambda state, params: jax.tree.map(power, params))
 
 
+_RAW = ((2,), (4,))  # shapes of keys that are arrays of uint32, by their implementation
+
+
 def check_key(key: Any, caller: str) -> None:
     """Refuses what is no random key, neither a new one nor an array of uint32."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-    if shape != () if typed else dtype != np.uint32 or len(shape or ()) != 1:
+    if shape != () if typed else dtype != np.uint32 or shape not in _RAW:
         given = repr(key) if dtype is None else f"{dtype} of shape {shape}"
         raise TypeError(
             f"`{caller}(..., key=...)` expects one random key, such as `jax.random.key(0)`, "

@@ -47,10 +47,13 @@ def ends(
 
 def _folded(over: Callable[..., jax.Array], x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Slices of many values laid over each other, where all of them come to one number."""
-    whole = len({axis % x.ndim for axis in axes}) == x.ndim
-    axis = next((axis for axis, size in enumerate(x.shape) if size >= SLICES), None)
     # Slices of what several devices share would be sent about.
-    if not whole or axis is None or x.size < MANY or jax.device_count() > 1:
+    several = max(jax.device_count(), jax.typeof(x).sharding.mesh.size) > 1
+    whole = {axis % max(x.ndim, 1) for axis in axes} == set(range(x.ndim))
+    if several or not whole or not all(isinstance(size, int) for size in x.shape):
+        return x
+    axis = next((axis for axis, size in enumerate(x.shape) if size >= SLICES), None)
+    if axis is None or x.size < MANY:
         return x
     size = x.shape[axis]
     width = -(-size // SLICES)

@@ -339,7 +339,7 @@ def test_errors():
             prune.set(sparsity, **options)
     with pytest.raises(TypeError, match=r"`prune.static\(..., inner=None\)` expects a gradient"):
         prune.static(0.5, inner=None, key=key)
-    for none in (0, None, jnp.zeros(2), jax.random.split(key)):
+    for none in (0, None, jnp.zeros(2), jnp.zeros(3, np.uint32), jax.random.split(key)):
         with pytest.raises(TypeError, match=r"`prune.static\(..., key=.*expects one random"):
             prune.static(0.5, inner=options["inner"], key=none)
         with pytest.raises(TypeError, match=r"`prune.random\(..., key=.* was given"):

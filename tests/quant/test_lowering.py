@@ -542,6 +542,21 @@ def test_lowers_everywhere_and_differs_by_platform():
         np.testing.assert_allclose(exported.call(leaf, x), wanted, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("spec", [Spec(Int(8), Int(8)), Spec(Int(4), TOKEN), Spec(Int(8))], ids=str)
+def test_any_number_of_rows_on_one_device(spec, monkeypatch):
+    """What one device allows (slices, halves that wait) does not ask how many rows there are."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    f, leaf, _ = operands(spec, 1, inputs=256, outputs=640)
+    rows = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), 256), jnp.float32)
+    with use_implementation("tiled_half"):
+        exported = jax.export.export(jax.jit(lift(f)))(leaf, rows)
+    for count in (1, 200):
+        x = jax.random.normal(jax.random.key(0), (count, 256))
+        wanted = np.asarray(jax.jit(lift(f))(leaf, x))
+        close = {"rtol": 1e-4, "atol": 1e-4 * np.abs(wanted).max()}
+        np.testing.assert_allclose(exported.call(leaf, x), wanted, **close)
+
+
 def test_float8_products_where_there_are_units_for_them():
     spec = Spec(quant.FP8(), quant.FP8())
     f, leaf, x = operands(spec, 16)

@@ -59,6 +59,24 @@ def test_many_values_are_laid_over_each_other(shape, monkeypatch):
     np.testing.assert_array_equal(batch[1], np.stack([x.max(), 2 * x.max()]))
 
 
+def test_sizes_that_are_not_known_and_meshes_of_other_hosts(monkeypatch):
+    """One device here says nothing of the devices of a mesh that a program is made for."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for shape, axes in itertools.product(("b, 640", "b, c", "64, b"), ((0, 1), (1,))):
+        x = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
+        program = jax.export.export(jax.jit(lambda x, a=axes: reductions.ends(x, a)))(x)
+        x = np.random.default_rng(0).standard_normal((64, 640)).astype(np.float32)
+        np.testing.assert_array_equal(program.call(x)[1], x.max(axes))
+    mesh = jax.sharding.AbstractMesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+        x = jax.ShapeDtypeStruct((8, 8248), jnp.float32, sharding=place)
+        traced = jax.jit(lambda x: reductions.largest(x, (0, 1))).trace(x)
+        assert "reduce" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    with pytest.raises(ValueError, match="out of bounds"):
+        reductions.largest(jnp.float32(3), 0)
+
+
 def test_no_values_leave_what_there_was_initially():
     low, high = reductions.ends(jnp.zeros((0, 3)), 0, initial=(np.inf, -np.inf))
     np.testing.assert_array_equal(low, np.full(3, np.inf))
