@@ -470,7 +470,10 @@ def test_products_of_bfloat16_count_where_there_are_units_for_them(monkeypatch):
 
 
 def test_a_cpu_with_amx_has_a_table_of_its_own(monkeypatch):
-    """Same kinds, shapes and implementations, other times: products of bytes are fastest there."""
+    """Same kinds and shapes, other times: products of bytes are fastest there.
+
+    Halves met by bfloat16 came after the other table was measured.
+    """
     found = []
     for units in (NEW, NEW | {"amx_bf16", "amx_int8"}):
         on_a_cpu_with(units, monkeypatch)
@@ -482,7 +485,10 @@ def test_a_cpu_with_amx_has_a_table_of_its_own(monkeypatch):
         found.append((shapes, plan.names[0]))
     (one, first), (other, second) = found
     assert one.keys() == other.keys() and one != other
-    assert all(one[shape].keys() == other[shape].keys() for shape in one)
+    for shape in one:
+        new = other[shape].keys() - one[shape].keys()
+        assert one[shape].keys() <= other[shape].keys()
+        assert not new or "a16" in shape[0] and {name.split("_")[-1] for name in new} == {"half"}
     assert (first, second) == ("bfloat16", "integers")
 
 
