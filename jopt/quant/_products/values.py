@@ -160,7 +160,7 @@ def _tiled(o: Operands, width: int) -> jax.Array:
 
 def _product(o: Operands) -> jax.Array:
     """With the weight dequantized, or with its codes in bfloat16 where that is what is met."""
-    if not (codes_in_bfloat16(o) and isinstance(o.leaf.format, Int) and group_count(o) == 1):
+    if _times_codes(o) is not _times_narrow:
         return dense(o)
     return _times_narrow(o) * as_row(o.leaf.scale, o).astype(jnp.float32)
 
