@@ -331,9 +331,16 @@ def test_stripes_end_with_groups():
     assert "striped" not in computed(f, leaf, x, "striped")[0]
 
 
-@pytest.mark.parametrize("inputs", [16 * 13, 40, 16])
-def test_inputs_that_do_not_fall_into_parts_of_sixteens_are_left_to_others(inputs):
-    f, leaf, x = operands(Spec(Int(4), Int(8)), 1, inputs=inputs)
+@pytest.mark.parametrize("inputs", [16, 16 * 13, 16 * 67])
+def test_sixteens_of_any_number_give_the_same_bits(inputs):
+    f, leaf, x = operands(Spec(Int(4), TOKEN), 1, inputs=inputs)
+    how, y = computed(f, leaf, x, "paired_vector")
+    assert "`paired_vector` on cpu/cuda/rocm/tpu (as asked for)" in how
+    np.testing.assert_array_equal(y, computed(f, leaf, x, "integers")[1])
+
+
+def test_inputs_that_do_not_fall_into_sixteens_are_left_to_others():
+    f, leaf, x = operands(Spec(Int(4), Int(8)), 1, inputs=40)
     how, y = computed(f, leaf, x, "paired_vector")
     assert "paired_vector" not in how
     np.testing.assert_allclose(y, expected(leaf, x, False), rtol=1e-5, atol=1e-5)

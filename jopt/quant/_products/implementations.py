@@ -31,13 +31,13 @@ from .._formats.base import Int
 from .halves import paired, splits
 from .integers import (
     BLOCK,
+    SIXTEEN,
     bfloat16,
     blocked,
     grouped,
     integers,
     paired_blocked,
     paired_vector,
-    parts,
 )
 from .operands import Implementation, Operands, codes_in_bfloat16, group_count, padded
 from .values import STRIPE, dense, half, paired_half, paired_striped, striped, tiled
@@ -69,7 +69,7 @@ def possible(o: Operands) -> tuple[str, ...]:
         own = outputs if o.turned else outputs // 2
         cut = [name for name in names if own > WIDTHS.get(name, 0)]
         names += [f"paired_{name}" for name in cut if name != "striped" or not o.turned]
-        if "paired_padded" in names and not o.turned and parts(inputs) > 1:
+        if "paired_padded" in names and not o.turned and inputs >= SIXTEEN and not inputs % SIXTEEN:
             names.append("paired_vector")
     return tuple(names)
 

@@ -21,6 +21,7 @@ from .operands import (
     per_output,
     zeros,
 )
+from .order import settled
 
 # Of codes and codes [inputs, outputs], or turned; with the weight's axis that is summed.
 IntegerProduct = Callable[[jax.Array, jax.Array, int], jax.Array]
@@ -29,8 +30,8 @@ IntegerProduct = Callable[[jax.Array, jax.Array, int], jax.Array]
 BLOCK = 1024
 # As many products of int8 and of four bits as a sum in 16 bits can take: 16 · 128 · 15 < 2^15.
 SIXTEEN = 16
-# Parts of the inputs that `paired_vector` takes one after the other.
-PARTS = 8
+# As many rows XLA:CPU sums in one loop over the columns.
+FEW = 32
 
 
 def integers(o: Operands, product: IntegerProduct | None = None) -> jax.Array:
@@ -51,20 +52,12 @@ def paired_blocked(o: Operands) -> jax.Array:
 
 
 def paired_vector(o: Operands) -> jax.Array:
-    """One row times codes of four bits, in a loop that XLA:CPU makes of products and sums.
+    """One row times codes of four bits, in one kernel that XLA:CPU makes of products and sums.
 
     The codes are never stored as wider ones, and are read once: an even column is the low half of
     an int32 and the odd one beside it the high half, as sums of sixteen products fit 16 bits.
     """
     return integers(o, _in_halves)
-
-
-def parts(inputs: int) -> int:
-    """Into how many parts of whole sixteens the inputs fall, at most `PARTS`; 0: into none."""
-    sixteens, rest = divmod(inputs, SIXTEEN)
-    if rest or not sixteens:
-        return 0
-    return max(count for count in range(1, PARTS + 1) if sixteens % count == 0)
 
 
 def grouped(o: Operands, narrow: Any = jnp.int8) -> jax.Array:
@@ -140,24 +133,25 @@ def _zero_sums(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _in_halves(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
     del axis  # the weight is not turned
-    both, eight = jax.lax.bitcast_convert_type(pairs(w), jnp.uint8), 0
+    nibbles, eight = jax.lax.bitcast_convert_type(w, jnp.uint4).reshape(w.shape[0], -1, 2), 0
+    # One array of bytes, as XLA:CPU holds them: slices, unlike `pairs`, are not stored.
+    low, high = (nibbles[:, :, i].astype(jnp.int32) for i in range(2))
+    wide = low | jnp.left_shift(high, 4)
+    halves = (wide | jnp.left_shift(wide, 12)) & 0x000F000F
     if w.dtype == jnp.int4:  # a code and eight is not negative: fewer operations take it out
-        both, eight = both ^ jnp.uint8(0x88), 8
-
-    def part(x: jax.Array, both: jax.Array) -> tuple[jax.Array, jax.Array]:
-        row, wide = x[0][:, None].astype(jnp.int32), both.astype(jnp.int32)
-        halves = (wide | jnp.left_shift(wide, 12)) & 0x000F000F
-        sums = jnp.sum((row * halves).reshape(-1, SIXTEEN, halves.shape[1]), 1, jnp.int32)
-        low = jnp.right_shift(jnp.left_shift(sums, 16), 16)
-        high = jnp.right_shift(sums - low, 16)
-        return jnp.sum(low, 0, jnp.int32)[None], jnp.sum(high, 0, jnp.int32)[None]
-
-    # A loop, as its body does not take in what comes before it, such as the rounding of the row,
-    # which XLA would else do again for each output.
-    total = _zero_sums(x, both)
-    size = w.shape[0] // parts(w.shape[0])
-    sums = woven(*over_inputs(x, both, 0, size, part, (total, total)))
+        halves, eight = halves ^ 0x00080008, 8
+    row = settled(x)[0][:, None].astype(jnp.int32)
+    sums = jnp.sum((row * halves).reshape(-1, SIXTEEN, halves.shape[1]), 1, jnp.int32)
+    low = jnp.right_shift(jnp.left_shift(sums, 16), 16)
+    high = jnp.right_shift(sums - low, 16)
+    sums = woven(_over_few(low), _over_few(high))
     return sums - eight * jnp.sum(x, 1, jnp.int32, keepdims=True) if eight else sums
+
+
+def _over_few(sums: jax.Array) -> jax.Array:
+    """Σ over the rows, as [1, columns]: XLA:CPU makes a slow tree of more than `FEW`."""
+    each = (sums[i : i + FEW] for i in range(0, sums.shape[0], FEW))
+    return functools.reduce(jnp.add, (jnp.sum(s, 0, jnp.int32, keepdims=True) for s in each))
 
 
 def _bfloat16(o: Operands) -> jax.Array:

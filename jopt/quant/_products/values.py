@@ -26,6 +26,7 @@ from .operands import (
     summed_in,
     zeros,
 )
+from .order import in_order, once_there
 
 # Inputs for which `striped` makes a weight dense at a time.
 STRIPE = 512
@@ -53,14 +54,14 @@ def tiled(o: Operands, width: int) -> jax.Array:
 
 def half(o: Operands) -> jax.Array:
     """The weight dequantized for half of the outputs, then for the others."""
-    if not _in_order(o):
+    if not in_order(o.x):
         return tiled(o, o.leaf.codes.shape[0 if o.turned else 1] // 2)
     return padded(o, lambda o: _in_turn(o.x, [(o, None)])[0])
 
 
 def paired_half(o: Operands) -> jax.Array:
     """An int4 weight dequantized by even and odd columns, of half of the outputs at a time."""
-    return padded(o, _paired_in_turn if _in_order(o) else _paired_in_loop)
+    return padded(o, _paired_in_turn if in_order(o.x) else _paired_in_loop)
 
 
 def striped(o: Operands) -> jax.Array:
@@ -76,12 +77,6 @@ def paired_striped(o: Operands) -> jax.Array:
 # Helpers, in order of use.
 
 
-def _in_order(o: Operands) -> bool:
-    """Whether parts can be written out that wait for each other, as `_once_there` has it."""
-    # What a part waits for would have to be sent to all devices, where there are several.
-    return isinstance(o.x.shape[0], int) and o.x.shape[0] > 0 and jax.device_count() == 1
-
-
 def _in_turn(x: jax.Array, products: Sequence[tuple[Operands, Any]]) -> list[jax.Array]:
     """Each product, half of the outputs after half; of so many products a half exists at a time.
 
@@ -95,7 +90,7 @@ def _in_turn(x: jax.Array, products: Sequence[tuple[Operands, Any]]) -> list[jax
     for begin in range(0, outputs, width):
         for o, unpacked in products:
             before = found[-len(products)] if begin else x
-            start = _once_there(jnp.asarray(begin), before)
+            start = once_there(jnp.asarray(begin), before)
             found.append(_product(_some(o, start, min(width, outputs - begin), unpacked)))
     return [jnp.concatenate(found[i :: len(products)], axis=1) for i in range(len(products))]
 
@@ -185,7 +180,7 @@ def _striped(o: Operands, codes: jax.Array, leaves: tuple[QArray, ...], unpack: 
     begun = [zeros(one).astype(dtype) for one in own]
     inputs, groups = o.x.shape[1], group_count(o)
     fits = inputs % PART == 0 and (groups == 1 or PART * groups % inputs == 0)
-    if _in_order(o) and fits and inputs <= WRITTEN_OUT:
+    if in_order(o.x) and fits and inputs <= WRITTEN_OUT:
         totals = _in_lanes(o.x, weight, axis, part)
     else:
         totals = over_inputs(o.x, weight, axis, STRIPE, part, begun)
@@ -204,35 +199,11 @@ def _in_lanes(x: jax.Array, weight: Any, axis: int, part: Any) -> list[jax.Array
     inputs, found = x.shape[1], []
     for i, begin in enumerate(range(0, inputs, PART)):
         before = x if i < LANES else found[i - LANES][0]
-        start = _once_there(jnp.asarray(begin), before)
+        start = once_there(jnp.asarray(begin), before)
         weights = cut_inputs(weight, axis, inputs, start, PART)
         found.append(part(x[:, begin : begin + PART], weights))
     # Summed at the end, which is one kernel with what comes after it.
     return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), found)
-
-
-@jax.custom_batching.custom_vmap
-def _once_there(index: jax.Array, value: jax.Array) -> jax.Array:
-    """The index, in a way that XLA cannot tell it before there is a value.
-
-    An `optimization_barrier` is gone before XLA:CPU puts operations into an order; the weights of
-    all layers were made dense first.
-    """
-    if not value.size:
-        return index
-    bits = jax.lax.bitcast_convert_type(value[(0,) * value.ndim].astype(jnp.float32), jnp.uint32)
-    return index + ((bits >> 31) >> 1).astype(index.dtype)
-
-
-@_once_there.def_vmap
-def _once_there_batched(
-    size: int, batched: Sequence[bool], index: jax.Array, value: jax.Array
-) -> tuple[jax.Array, bool]:
-    # One index for all: a batch of them would make a slice of codes for each.
-    index = index[0] if batched[0] else index
-    if batched[1]:
-        value = value[0] if size else jnp.zeros(0)
-    return _once_there(index, value), False
 
 
 def _times_codes(o: Operands) -> Implementation | None:
