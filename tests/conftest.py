@@ -15,12 +15,24 @@ import pytest
 SLOW = frozenset((pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines())
 
 
+GONE = pytest.StashKey[set[str]]()
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks the tests listed in `slow.txt`."""
+    names = {item.nodeid for item in items}
+    files = {name.split("::")[0] for name in names}
+    config.stash[GONE] = {name for name in SLOW if name.split("::")[0] in files} - names
     for item in items:
         if item.nodeid in SLOW:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def gone(pytestconfig: pytest.Config) -> set[str]:
+    """Names in `slow.txt`, of files that are run, of tests that there are not."""
+    return pytestconfig.stash[GONE]
 
 
 @pytest.fixture(autouse=True)

@@ -91,3 +91,9 @@ def test_an_unknown_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="no attribute `prunes`"):
         jopt.prunes  # noqa: B018
+
+
+def test_the_list_of_slow_tests_names_tests(gone, pytestconfig):
+    if any("::" in str(arg) for arg in pytestconfig.args):
+        pytest.skip("single tests were asked for")
+    assert not gone

@@ -98,15 +98,12 @@ WIDE = [  # weight, activation, rows, turned, outputs, implementations
     (AFFINE, BFloat16(), 1, False, 641, "tiled_half"),
     (UINT4, BFloat16(), 3, False, 1040, "tiled_half paired_tiled_half"),
     (UINT4, BFloat16(), 3, True, 640, "tiled_half paired_tiled_half"),
-    (Int(4), Int(8), 1, False, 640, "paired_vector"),
-    (UINT4, TOKEN, 1, False, 64, "paired_vector"),
-    (Int(4, granularity="tensor"), AFFINE, 1, False, 64, "paired_vector"),
 ]
 
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("case", WIDE, ids=lambda case: str(WIDE.index(case)))
-def test_implementations_of_wide_weights_and_single_rows(case, devices, monkeypatch):
+def test_implementations_of_wide_weights(case, devices, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     weight, activation, rows, turned, outputs, names = case
     f, leaf, x = operands(Spec(weight, activation), rows, turned, outputs=outputs)
@@ -128,16 +125,6 @@ def test_blocks_of_inputs_give_the_same_bits(format, rows):
             how, one = computed(f, leaf, x, name)
             assert f"`{name}` on cpu/cuda/rocm/tpu (as asked for)" in how
             np.testing.assert_array_equal(one, wanted)
-
-
-def test_sums_of_sixteen_codes_fit():
-    """The largest codes of all, which 16 bits only just hold."""
-    for format, value in ((Int(4), 1.0), (UINT4, 1.0), (UINT4, -1.0)):
-        leaf = quant.quantize(jnp.full((64, 640), value), Spec(format, AFFINE))
-        for x in (jnp.ones((1, 64)), -jnp.ones((1, 64)), jnp.ones((1, 64)).at[0, 0].set(-1.0)):
-            _, one = computed(product(False), leaf, x, "paired_vector")
-            _, other = computed(product(False), leaf, x, "integers")
-            np.testing.assert_array_equal(one, other)
 
 
 STRIPES = [  # weight, turned, inputs, rows, dtype, implementations
@@ -329,21 +316,6 @@ def test_stripes_end_with_groups():
     """512 inputs are no whole number of groups of 96, and the stripes are left to others."""
     f, leaf, x = operands(Spec(Int(8, granularity="group", group_size=96)), 3, inputs=1152)
     assert "striped" not in computed(f, leaf, x, "striped")[0]
-
-
-@pytest.mark.parametrize("inputs", [16, 16 * 13, 16 * 67])
-def test_sixteens_of_any_number_give_the_same_bits(inputs):
-    f, leaf, x = operands(Spec(Int(4), TOKEN), 1, inputs=inputs)
-    how, y = computed(f, leaf, x, "paired_vector")
-    assert "`paired_vector` on cpu/cuda/rocm/tpu (as asked for)" in how
-    np.testing.assert_array_equal(y, computed(f, leaf, x, "integers")[1])
-
-
-def test_inputs_that_do_not_fall_into_sixteens_are_left_to_others():
-    f, leaf, x = operands(Spec(Int(4), Int(8)), 1, inputs=40)
-    how, y = computed(f, leaf, x, "paired_vector")
-    assert "paired_vector" not in how
-    np.testing.assert_allclose(y, expected(leaf, x, False), rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_rounds_the_activation_and_nothing_else():

@@ -5,7 +5,6 @@ What each computes, for activations x and weights w, codes q and their zero poin
 - `integers`: Σ (q_x - z_x)(q_w - z_w) of int8 in int32, which is exact; scales afterwards.
 - `padded`: the same, to the same bits, on two rows where there is one.
 - `blocked`: the same, to the same bits, for 1,024 inputs at a time.
-- `paired_vector`: the same, to the same bits, of one row and int4: two outputs in one int32.
 - `grouped`: the same for each group of inputs; scaled, the groups are summed in float32.
 - `bfloat16`: (q_x - z_x)(q_w - z_w) in bfloat16, which holds both exactly, and so are the products;
   summed in float32, exact up to 2^24. For activations of the format `BFloat16`, x itself for q_x.
@@ -17,6 +16,8 @@ What each computes, for activations x and weights w, codes q and their zero poin
 - `striped`: the weight of 512 inputs at a time, or of three times 256 where they are few. A scale
   for each output, which rounds otherwise in the last place, multiplies the sum in float32; with
   activations in bfloat16, `bfloat16` by parts.
+- `vector`: one row times codes in one kernel: of four bits and codes of the row in integers, to the
+  bits of `integers`; of a weight alone in float32, scaled after the sum over inputs of one scale.
 - `paired_...`: the one named, on an int4 weight as two of int8, its even and its odd columns.
 - `pallas`: a kernel that dequantizes block by block, see `kernels.py`.
 
@@ -28,16 +29,15 @@ import functools
 import jax.numpy as jnp
 
 from .._formats.base import Int
+from . import vector
 from .halves import paired, splits
 from .integers import (
     BLOCK,
-    SIXTEEN,
     bfloat16,
     blocked,
     grouped,
     integers,
     paired_blocked,
-    paired_vector,
 )
 from .operands import Implementation, Operands, codes_in_bfloat16, group_count, padded
 from .values import STRIPE, dense, half, paired_half, paired_striped, striped, tiled
@@ -69,8 +69,8 @@ def possible(o: Operands) -> tuple[str, ...]:
         own = outputs if o.turned else outputs // 2
         cut = [name for name in names if own > WIDTHS.get(name, 0)]
         names += [f"paired_{name}" for name in cut if name != "striped" or not o.turned]
-        if "paired_padded" in names and not o.turned and inputs >= SIXTEEN and not inputs % SIXTEEN:
-            names.append("paired_vector")
+    if vector.serves(o):
+        names.append("vector")
     return tuple(names)
 
 
@@ -93,6 +93,6 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "paired_blocked": paired_blocked,
     "paired_striped": paired_striped,
     "paired_tiled_half": paired_half,
-    "paired_vector": paired_vector,
+    "vector": vector.vector,
 }
 NAMES = (*IMPLEMENTATIONS, "float8", "pallas")

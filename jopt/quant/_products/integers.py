@@ -21,17 +21,12 @@ from .operands import (
     per_output,
     zeros,
 )
-from .order import settled
 
 # Of codes and codes [inputs, outputs], or turned; with the weight's axis that is summed.
 IntegerProduct = Callable[[jax.Array, jax.Array, int], jax.Array]
 
 # Inputs that `blocked` sums at a time: above so many XLA:CPU's kernel runs out of its caches.
 BLOCK = 1024
-# As many products of int8 and of four bits as a sum in 16 bits can take: 16 · 128 · 15 < 2^15.
-SIXTEEN = 16
-# As many rows XLA:CPU sums in one loop over the columns.
-FEW = 32
 
 
 def integers(o: Operands, product: IntegerProduct | None = None) -> jax.Array:
@@ -49,15 +44,6 @@ def blocked(o: Operands) -> jax.Array:
 def paired_blocked(o: Operands) -> jax.Array:
     """The same of codes of four bits, of which a block at a time becomes codes of eight."""
     return padded(o, functools.partial(integers, product=_in_blocks_of_pairs))
-
-
-def paired_vector(o: Operands) -> jax.Array:
-    """One row times codes of four bits, in one kernel that XLA:CPU makes of products and sums.
-
-    The codes are never stored as wider ones, and are read once: an even column is the low half of
-    an int32 and the odd one beside it the high half, as sums of sixteen products fit 16 bits.
-    """
-    return integers(o, _in_halves)
 
 
 def grouped(o: Operands, narrow: Any = jnp.int8) -> jax.Array:
@@ -129,29 +115,6 @@ def _in_blocks_of_pairs(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
 def _zero_sums(x: jax.Array, w: jax.Array) -> jax.Array:
     """[rows, columns], made of the operands, for what `shard_map` wants to know of them."""
     return jnp.zeros_like(x[:, :1], jnp.int32) + jnp.zeros_like(w[:1], jnp.int32)
-
-
-def _in_halves(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
-    del axis  # the weight is not turned
-    nibbles, eight = jax.lax.bitcast_convert_type(w, jnp.uint4).reshape(w.shape[0], -1, 2), 0
-    # One array of bytes, as XLA:CPU holds them: slices, unlike `pairs`, are not stored.
-    low, high = (nibbles[:, :, i].astype(jnp.int32) for i in range(2))
-    wide = low | jnp.left_shift(high, 4)
-    halves = (wide | jnp.left_shift(wide, 12)) & 0x000F000F
-    if w.dtype == jnp.int4:  # a code and eight is not negative: fewer operations take it out
-        halves, eight = halves ^ 0x00080008, 8
-    row = settled(x)[0][:, None].astype(jnp.int32)
-    sums = jnp.sum((row * halves).reshape(-1, SIXTEEN, halves.shape[1]), 1, jnp.int32)
-    low = jnp.right_shift(jnp.left_shift(sums, 16), 16)
-    high = jnp.right_shift(sums - low, 16)
-    sums = woven(_over_few(low), _over_few(high))
-    return sums - eight * jnp.sum(x, 1, jnp.int32, keepdims=True) if eight else sums
-
-
-def _over_few(sums: jax.Array) -> jax.Array:
-    """Σ over the rows, as [1, columns]: XLA:CPU makes a slow tree of more than `FEW`."""
-    each = (sums[i : i + FEW] for i in range(0, sums.shape[0], FEW))
-    return functools.reduce(jnp.add, (jnp.sum(s, 0, jnp.int32, keepdims=True) for s in each))
 
 
 def _bfloat16(o: Operands) -> jax.Array:

@@ -76,6 +76,15 @@ def codes_in_bfloat16(o: Operands) -> bool:
     return o.grid is None and o.x.dtype == jnp.bfloat16 and (plain or bool(o.leaf.activation))
 
 
+def exact_in_float32(o: Operands) -> bool:
+    """Whether a weight alone is the dequantized one, in float32, as what it meets.
+
+    Then its scales may wait for the sums, but for rounding.
+    """
+    float32 = jnp.dtype(jnp.float32)
+    return o.grid is None and o.x.dtype == o.leaf.value_dtype == float32 and not o.leaf.via
+
+
 def summed_in(o: Operands) -> np.dtype[Any]:
     """The dtype of what is summed up to the result: at least float32."""
     return np.promote_types(o.dtype, np.float32)

@@ -19,6 +19,7 @@ from .operands import (
     as_row,
     codes_in_bfloat16,
     cut_inputs,
+    exact_in_float32,
     group_count,
     over_inputs,
     padded,
@@ -212,8 +213,7 @@ def _times_codes(o: Operands) -> Implementation | None:
         return None
     if codes_in_bfloat16(o):
         return _times_narrow
-    exact = o.x.dtype == o.leaf.value_dtype == jnp.float32 and not o.leaf.via
-    return _times_wide if exact else None
+    return _times_wide if exact_in_float32(o) else None
 
 
 def _times_narrow(o: Operands) -> jax.Array:
