@@ -21,6 +21,7 @@ from .operands import (
     per_output,
     zeros,
 )
+from .order import in_order
 
 # Of codes and codes [inputs, outputs], or turned; with the weight's axis that is summed.
 IntegerProduct = Callable[[jax.Array, jax.Array, int], jax.Array]
@@ -79,10 +80,16 @@ def _total(
 ) -> jax.Array:
     """Σ (x - x_zero)(w - w_zero), multiplied out; int32 wraps, so only the result must fit."""
     axis = 1 if turned else 0
-    total = (product or _wide_dot)(x, w, axis)
-    if x_zero is not None:
-        sums = jnp.sum(w, axis, jnp.int32)[None]
-        total = total - x_zero.astype(jnp.int32) * sums
+    product = product or _wide_dot
+    if x_zero is None:
+        total = product(x, w, axis)
+    else:
+        zero = x_zero.astype(jnp.int32)
+        if in_order(x):  # a row of ones sums the weight's codes, which XLA:CPU makes wide for a sum
+            total = product(jnp.concatenate([x, jnp.ones_like(x[:1])]), w, axis)
+            total = total[:-1] - zero * total[-1:]
+        else:
+            total = product(x, w, axis) - zero * jnp.sum(w, axis, jnp.int32)[None]
         x = x.astype(jnp.int32) - x_zero.astype(jnp.int32)
     if w_zero is not None:
         zero = w_zero.T if turned else w_zero

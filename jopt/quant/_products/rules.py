@@ -36,6 +36,7 @@ from .convolution import Conv
 from .dot import Dot, axes
 from .implementations import IMPLEMENTATIONS, possible
 from .lowering import PLATFORMS, Case, Plan, plan
+from .order import in_order
 
 GROUPS = "the weight's scale differs along a summed axis, as that of groups does"
 
@@ -209,7 +210,9 @@ def _branch(name: str, platform: str, operation: Dot | Conv) -> Callable[..., ja
             y = kernels.product(flat, platform)
         elif name == "integers":
             assert grid is not None
-            return operation.integers(operand, grid, leaf).astype(operation.dtype)
+            if flat is None or grid.zero_point is None or not in_order(flat.x):
+                return operation.integers(operand, grid, leaf).astype(operation.dtype)
+            y = IMPLEMENTATIONS[name](flat)
         elif name == "float8":
             assert grid is not None and isinstance(operation, Dot)
             return operation.float8(operand, grid, leaf).astype(operation.dtype)

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from jopt.trace.layered import full_along
 
 from .._formats.base import Int
-from .halves import nibbles, splits, woven
-from .integers import integers
+from .halves import nibbles, woven
 from .operands import Operands, codes_in_bfloat16, exact_in_float32, group_count, per_output
 from .order import settled
 
-# As many products of int8 and of four bits as a sum in 16 bits can take: 16 · 128 · 15 < 2^15.
+# As many products of int8 less a zero point and of int4 as 16 bits can sum: 16 · 255 · 8 < 2^15.
 SIXTEEN = 16
 # As many rows of int32 XLA:CPU sums in one loop over the columns; of more it makes a slow tree.
 FEW = 32
@@ -32,39 +31,49 @@ def serves(o: Operands) -> bool:
         return False
     if not inputs or not groups or inputs // groups % SIXTEEN:
         return False
-    if o.grid is not None:
-        return groups == 1 and splits(o) and o.x.dtype == jnp.int8
-    return codes_in_bfloat16(o) or (o.leaf.activation is None and exact_in_float32(o))
+    if o.grid is None:
+        return codes_in_bfloat16(o) or (o.leaf.activation is None and exact_in_float32(o))
+    return o.x.dtype == jnp.int8 and o.leaf.codes.dtype == jnp.int4
 
 
 def vector(o: Operands) -> jax.Array:
     """One row times codes, of four bits if the row has codes, too: then in integers."""
-    return _floats(o) if o.grid is None else integers(o, _integers)
+    totals = _floats(o) if o.grid is None else _integers(o)
+    return _joined(o.leaf.codes, *totals)
 
 
 # Helpers, in order of use.
 
 
-def _floats(o: Operands) -> jax.Array:
-    """Sums in float32, of each group by itself; scales afterwards."""
-    scale, zero = (None if c is None else _coarse_columns(c, o) for c in o.leaf.grid[:2])
-    assert scale is not None
+def _floats(o: Operands) -> list[jax.Array]:
+    """The sums of the columns, in float32, scaled after all inputs of one scale."""
     values = [_sixteens(c.astype(jnp.float32)) for c in _columns(o.leaf.codes)]
-    if zero is not None:
-        values = [v - _spread(z, v.shape[0])[:, None] for v, z in zip(values, zero, strict=True)]
-    sums = _sums(o.x, *values)
+    if o.leaf.zero_point is not None:
+        zero = (_spread(z.astype(jnp.float32), o) for z in _coarse(o.leaf.zero_point, o))
+        values = [v - z[:, None] for v, z in zip(values, zero, strict=True)]
+    found = zip(_sums(o.x.astype(jnp.float32), *values), _coarse(o.leaf.scale, o), strict=True)
     if group_count(o) == 1:
-        totals = [jnp.sum(s, 0, keepdims=True) * c for s, c in zip(sums, scale, strict=True)]
-    else:
-        scaled = [s * _spread(c, s.shape[0]) for s, c in zip(sums, scale, strict=True)]
-        totals = [jnp.sum(s, 0, keepdims=True) for s in scaled]
-    return _joined(o.leaf.codes, *totals)
+        return [jnp.sum(sums, 0, keepdims=True) * scale for sums, scale in found]
+    return [jnp.sum(sums * _spread(scale, o), 0, keepdims=True) for sums, scale in found]
 
 
-def _integers(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
-    del axis  # the weight is not turned
-    one, other = (_sixteens(c.astype(jnp.int16)) for c in _columns(w))
-    return _joined(w, *(_over_few(sums.astype(jnp.int32)) for sums in _sums(x, one, other)))
+def _integers(o: Operands) -> list[jax.Array]:
+    """The same of codes and codes: exact sums of all inputs, or of sixteen each that are scaled."""
+    assert o.grid is not None
+    x = o.x.astype(jnp.int16)
+    if o.grid.zero_point is not None:
+        x = x - o.grid.zero_point.astype(jnp.int16)
+    values = (_sixteens(c.astype(jnp.int16)) for c in _columns(o.leaf.codes))
+    found = [sums.astype(jnp.int32) for sums in _sums(x, *values)]
+    if o.leaf.zero_point is not None:
+        of_row = jnp.sum(x.reshape(-1, SIXTEEN), 1, jnp.int32, keepdims=True)
+        zero = (_spread(z.astype(jnp.int32), o) for z in _coarse(o.leaf.zero_point, o))
+        found = [sums - of_row * z for sums, z in zip(found, zero, strict=True)]
+    own = zip(found, _coarse(o.leaf.scale, o), strict=True)
+    if group_count(o) == 1:
+        return [_over_few(sums).astype(jnp.float32) * (o.grid.scale * c) for sums, c in own]
+    scaled = (sums.astype(jnp.float32) * _spread(c, o) for sums, c in own)
+    return [jnp.sum(sums, 0, keepdims=True) * o.grid.scale for sums in scaled]
 
 
 def _columns(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -87,9 +96,8 @@ def _sixteens(values: jax.Array) -> jax.Array:
 
 
 def _sums(x: jax.Array, one: jax.Array, other: jax.Array) -> list[jax.Array]:
-    """[inputs / 16, columns] of each: sums of products with a row, in the dtype of the columns."""
-    row = settled(x)[0].reshape(-1, SIXTEEN, 1).astype(one.dtype)
-    zero = jnp.zeros((), one.dtype)
+    """[inputs / 16, columns] of each: sums of products with a row, all of one dtype."""
+    row, zero = settled(x)[0].reshape(-1, SIXTEEN, 1), jnp.zeros((), x.dtype)
 
     def add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
         return [a[0] + b[0], a[1] + b[1]]
@@ -97,9 +105,9 @@ def _sums(x: jax.Array, one: jax.Array, other: jax.Array) -> list[jax.Array]:
     return jax.lax.reduce([row * one, row * other], [zero, zero], add, (1,))
 
 
-def _coarse_columns(coarse: jax.Array, o: Operands) -> tuple[jax.Array, jax.Array]:
-    """What `_columns` is for codes, for an array as coarse as groups, in float32."""
-    coarse, codes = per_output(coarse, o).astype(jnp.float32), o.leaf.codes
+def _coarse(coarse: jax.Array, o: Operands) -> tuple[jax.Array, jax.Array]:
+    """What `_columns` is for codes, for an array as coarse as groups."""
+    coarse, codes = per_output(coarse, o), o.leaf.codes
     coarse = full_along(coarse, (coarse.shape[0], codes.shape[1]), [1])
     if codes.dtype in (jnp.int4, jnp.uint4):
         return coarse[:, 0::2], coarse[:, 1::2]
@@ -107,9 +115,9 @@ def _coarse_columns(coarse: jax.Array, o: Operands) -> tuple[jax.Array, jax.Arra
     return coarse[:, :half], coarse[:, half:]
 
 
-def _spread(coarse: jax.Array, count: int) -> jax.Array:
-    """[groups, columns] as [count, columns], each of them for several sixteens."""
-    groups, columns = coarse.shape
+def _spread(coarse: jax.Array, o: Operands) -> jax.Array:
+    """[groups, columns] as [inputs / 16, columns], each of them for several sixteens."""
+    (groups, columns), count = coarse.shape, o.leaf.codes.shape[0] // SIXTEEN
     each = jnp.broadcast_to(coarse[:, None], (groups, count // groups, columns))
     return each.reshape(count, columns)
 
