@@ -114,6 +114,31 @@ def test_implementations_of_wide_weights(case, devices, monkeypatch):
         np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
+SHIFTED = [  # weight, activation, rows, turned, implementations
+    (Int(8), TOKEN, 3, False, "integers"),
+    (AFFINE, AFFINE, 1, False, "padded integers"),
+    (AFFINE, TOKEN, 3, True, "integers"),
+    (Int(4), AFFINE, 3, True, "paired_integers"),
+    (GROUPS, TOKEN, 3, False, "grouped paired_grouped"),
+]
+
+
+@pytest.mark.parametrize("case", SHIFTED, ids=lambda case: str(SHIFTED.index(case)))
+def test_zero_points_of_activations_on_one_device(case, monkeypatch):
+    """A row of ones sums the weight's codes there, to the same bits as a sum."""
+    weight, activation, rows, turned, names = case
+    f, leaf, x = operands(Spec(weight, activation), rows, turned)
+    for name in names.split():
+        monkeypatch.setattr(jax, "device_count", lambda: 8)
+        wanted = computed(f, leaf, x, name)[1]
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+        program = str(jax.make_jaxpr(lambda w, x: lift(f)(w, x))(leaf, x))
+        assert "concatenate" in program or name != "integers"
+        np.testing.assert_array_equal(computed(f, leaf, x, name)[1], wanted)
+    reference = expected(leaf, x, turned)
+    np.testing.assert_allclose(wanted, reference, rtol=1e-5, atol=1e-5 * np.abs(reference).max())
+
+
 @pytest.mark.parametrize("format", [Int(8), AFFINE, UINT4, Int(4)], ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_blocks_of_inputs_give_the_same_bits(format, rows):

@@ -37,11 +37,10 @@ WEIGHTS_ALONE = [
 ]
 
 
-@pytest.fixture(params=[1, 8], ids="{} devices".format)
-def devices(request, monkeypatch):
-    """How many devices there seem to be: on one, an activation is settled first."""
-    monkeypatch.setattr(jax, "device_count", lambda: request.param)
-    return request.param
+@pytest.fixture
+def one_device(monkeypatch):
+    """What one device allows: an activation is settled before it is multiplied."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 def product(w, x):
@@ -74,8 +73,9 @@ def expected(leaf, x):
     return np.asarray(x, np.float64) @ np.asarray(leaf.materialise(), np.float64)
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("spec", WEIGHTS_ALONE, ids=str)
-def test_weights_alone_are_those_of_float64(spec, devices):
+def test_weights_alone_are_those_of_float64(spec):
     leaf, x = operands(spec)
     how, y = computed(leaf, x, "vector")
     assert TAKEN in how
@@ -83,13 +83,14 @@ def test_weights_alone_are_those_of_float64(spec, devices):
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize(
     "spec",
     [Spec(INT4, Int(8)), Spec(AFFINE4, TOKEN), Spec(INT4, AFFINE), Spec(AFFINE4, Int(8))],
     ids=["symmetric", "both shifted", "row shifted", "weight shifted"],
 )
 @pytest.mark.parametrize("inputs", [16, 16 * 13, 16 * 67])
-def test_codes_times_codes_are_to_the_bits_those_of_integers(spec, inputs, devices):
+def test_codes_times_codes_are_to_the_bits_those_of_integers(spec, inputs):
     leaf, x = operands(spec, inputs)
     how, y = computed(leaf, x, "vector")
     assert TAKEN in how
@@ -98,12 +99,13 @@ def test_codes_times_codes_are_to_the_bits_those_of_integers(spec, inputs, devic
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize(
     "spec",
     [Spec(w, x) for w in (GROUPS, AFFINE4_GROUPS) for x in (Int(8), AFFINE)],
     ids=["symmetric", "row shifted", "weight shifted", "both shifted"],
 )
-def test_groups_of_codes_times_codes_are_those_of_float64(spec, devices):
+def test_groups_of_codes_times_codes_are_those_of_float64(spec):
     leaf, x = operands(spec, 256)
     how, y = computed(leaf, x, "vector")
     assert TAKEN in how
@@ -160,8 +162,9 @@ def test_turned_weights_and_other_dtypes_are_left_to_others():
     assert "vector" not in computed(half, x.astype(jnp.float16), "vector")[0]
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("spec", [Spec(INT4, Int(8)), Spec(GROUPS), Spec(AFFINE)], ids=str)
-def test_transforms(spec, devices):
+def test_transforms(spec):
     """vmap makes one row of each of many; derivatives are those of the dense form."""
     leaf, x = operands(spec, 64, 1024)  # large enough not to be small
     many = jnp.concatenate([x, -2 * x, 0 * x])[:, None]
@@ -176,8 +179,9 @@ def test_transforms(spec, devices):
     np.testing.assert_allclose(slope, dense, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("spec", [Spec(INT4, Int(8)), Spec(GROUPS)], ids=str)
-def test_programs_for_every_platform(spec, devices):
+def test_programs_for_every_platform(spec):
     leaf, x = operands(spec)
     with use_implementation("vector"):
         export = jax.export.export(jax.jit(lift(product)), platforms=["cpu", "cuda", "tpu"])
