@@ -125,7 +125,7 @@ EXTREMES = [
 def test_sums_of_sixteen_codes_fit(spec):
     """The largest codes of all, which 16 bits only just hold."""
     for value in (1.0, -1.0):
-        leaf = quant.quantize(jnp.full((64, 32), value), spec)
+        leaf = quant.quantize(jnp.full((64, 64), value), spec)
         for x in (jnp.ones((1, 64)), -jnp.ones((1, 64)), jnp.ones((1, 64)).at[0, 0].set(-1.0)):
             one, other = (computed(leaf, x, name)[1] for name in ("vector", "dense"))
             np.testing.assert_allclose(one, other, rtol=1e-5)
@@ -144,6 +144,7 @@ def test_static_ranges():
         (Spec(INT4, Int(8)), 40, 96, 1),  # no whole sixteens
         (Spec(Int(8, granularity="group", group_size=24)), 48, 96, 1),  # nor in a group
         (Spec(Int(8)), 64, 95, 1),  # no two halves
+        (Spec(INT4, Int(8)), 64, 62, 1),  # too few outputs
         (Spec(Int(8)), 64, 96, 2),
         (Spec(Int(8), Int(8)), 64, 96, 1),  # of integers, four bits only
         (Spec(quant.NF4(32)), 64, 96, 1),
@@ -177,6 +178,58 @@ def test_transforms(spec):
         dense = np.asarray(jax.grad(lambda x: lift(product)(leaf, x).sum())(x))
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(slope, dense, rtol=1e-5, atol=1e-5)
+
+
+ROWS = [
+    Spec(INT4, Int(8)),
+    Spec(AFFINE4_GROUPS, TOKEN),
+    Spec(GROUPS),
+    Spec(AFFINE),
+    Spec(GROUPS, BFloat16()),
+]
+
+
+@pytest.mark.parametrize("spec", ROWS, ids=range(len(ROWS)))
+def test_rows_of_many_examples_are_one_product_of_matrices(spec):
+    """`vmap` of a lifted function shows it one row; sums of sixteen of each would be gigabytes."""
+    leaf, x = operands(spec, 128, 512)
+    many = jnp.concatenate([x, -2 * x, 3 * x])
+    f = jax.vmap(lift(product), in_axes=(None, 0))
+    with use_implementation("vector"):
+        program = str(jax.make_jaxpr(f)(leaf, many))
+        found = np.asarray(jax.jit(f)(leaf, many))
+    assert "[3,8," not in program and "dot_general" in program
+    wanted = np.concatenate([computed(leaf, row[None], "vector")[1] for row in many])
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("spec", [Spec(AFFINE4, AFFINE), Spec(Int(8))], ids=["codes", "alone"])
+def test_examples_that_devices_share_on_explicit_axes(spec):
+    leaf, x = operands(spec, 512, 512)
+    many = jnp.stack([(i + 1) * x for i in range(8)])
+    wanted = np.stack([computed(leaf, row, "vector")[1] for row in many])
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    shared = jax.device_put(many, NamedSharding(mesh, PartitionSpec("d")))
+    with jax.set_mesh(mesh), use_implementation("vector"):
+        y = np.asarray(jax.jit(jax.vmap(lift(product), in_axes=(None, 0)))(leaf, shared))
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_very_many_inputs_are_summed_by_levels():
+    leaf, x = operands(Spec(INT4, Int(8)), 16 * 1100, 64)
+    how, y = computed(leaf, x, "vector")
+    assert TAKEN in how
+    np.testing.assert_array_equal(y, computed(leaf, x, "integers")[1])
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 4), (16, 0)])
+@pytest.mark.parametrize("name", ["vector", "paired_dense", "paired_integers"])
+def test_empty_weights(inputs, outputs, name):
+    leaf = quant.quantize(jnp.zeros((inputs, outputs)), Spec(INT4, Int(8)))
+    alone = quant.quantize(jnp.zeros((inputs, outputs)), Spec(INT4))
+    for weight in (leaf, alone):
+        y = computed(weight, jnp.ones((1, inputs)), name)[1]
+        np.testing.assert_array_equal(y, np.zeros((1, outputs)))
 
 
 @pytest.mark.usefixtures("one_device")

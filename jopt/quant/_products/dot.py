@@ -12,7 +12,7 @@ from jopt.trace.layered import full_along, shared_along
 
 from .._formats.base import Grid, Int
 from .._leaves.weights import QArray, WeightLeaf
-from .operands import Operands, flattened
+from .operands import Operands, flattened, is_spread
 
 
 class Axes(NamedTuple):
@@ -118,7 +118,7 @@ class Dot:
     def matrices(self, x: jax.Array, grid: Grid | None, leaf: QArray) -> Operands | None:
         """The operands as matrices; None where the weight's codes would have to move for it."""
         flat = None if self.weight.batch else flattened(leaf, self.weight.contract)
-        if flat is None or _spread(x) or _spread(leaf.codes):
+        if flat is None or is_spread(x) or is_spread(leaf.codes):
             return None
         pairs = sorted(zip(self.weight.contract, self.other.contract, strict=True))
         order = (*self.other.free, *(axis for _, axis in pairs))
@@ -173,9 +173,3 @@ def _onto_result(coarse: jax.Array, axes: Axes, other: Axes, side: int) -> jax.A
     if side == 0:
         return moved.reshape(sizes + ones)
     return moved.reshape(sizes[:batch] + ones + sizes[batch:])
-
-
-def _spread(array: Any) -> bool:
-    """Whether an array's type says that it is laid out over several devices."""
-    sharding = getattr(jax.typeof(array), "sharding", None)
-    return sharding is not None and any(axis is not None for axis in sharding.spec)

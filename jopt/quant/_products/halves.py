@@ -63,7 +63,8 @@ def nibbles(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     As slices, which XLA:CPU reads where the codes lie; `pairs` it stores before they are apart.
     """
     dtype = jnp.int8 if codes.dtype == jnp.int4 else jnp.uint8
-    both = codes.reshape(codes.shape[0], -1, 2)
+    rows, columns = codes.shape
+    both = codes.reshape(rows, columns // 2, 2)
     return both[:, :, 0].astype(dtype), both[:, :, 1].astype(dtype)
 
 

@@ -26,6 +26,7 @@ All take `Operands` and return `[rows, outputs]`. Derivatives are taken of the d
 
 import functools
 
+import jax
 import jax.numpy as jnp
 
 from .._formats.base import Int
@@ -74,6 +75,16 @@ def possible(o: Operands) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _many(o: Operands) -> jax.Array:
+    """What `vector` leaves to others: several rows, which are one of each of many under `vmap`."""
+    if o.grid is not None:
+        return paired(o, integers if group_count(o) == 1 else grouped)
+    if group_count(o) > 1 and codes_in_bfloat16(o):
+        inner = _SINGLE["grouped_bfloat16"]
+        return paired(o, inner) if splits(o) else inner(o)
+    return paired_half(o) if splits(o) else half(o)
+
+
 _SINGLE: dict[str, Implementation] = {
     "integers": integers,
     "padded": functools.partial(padded, inner=integers),
@@ -93,6 +104,6 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "paired_blocked": paired_blocked,
     "paired_striped": paired_striped,
     "paired_tiled_half": paired_half,
-    "vector": vector.vector,
+    "vector": functools.partial(vector.vector, many=_many),
 }
 NAMES = (*IMPLEMENTATIONS, "float8", "pallas")

@@ -167,3 +167,9 @@ def cut_inputs(weight: Any, axis: int, inputs: int, start: Any, size: int) -> An
 
 def _doubled(x: jax.Array) -> jax.Array:
     return jnp.concatenate([x, x])
+
+
+def is_spread(array: Any) -> bool:
+    """Whether an array's type says that it is laid out over several devices."""
+    sharding = getattr(jax.typeof(array), "sharding", None)
+    return sharding is not None and any(axis is not None for axis in sharding.spec)

@@ -6,6 +6,7 @@ columns, is one that no library takes from it, which would have the operands sto
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,35 +15,76 @@ from jopt.trace.layered import full_along
 
 from .._formats.base import Int
 from .halves import nibbles, woven
-from .operands import Operands, codes_in_bfloat16, exact_in_float32, group_count, per_output
+from .operands import (
+    Implementation,
+    Operands,
+    codes_in_bfloat16,
+    exact_in_float32,
+    group_count,
+    is_spread,
+    per_output,
+)
 from .order import settled
 
 # As many products of int8 less a zero point and of int4 as 16 bits can sum: 16 · 255 · 8 < 2^15.
 SIXTEEN = 16
 # As many rows of int32 XLA:CPU sums in one loop over the columns; of more it makes a slow tree.
 FEW = 32
+# Outputs from which on the vectorizer has enough of them, where codes meet codes.
+WIDE = 64
 
 
 def serves(o: Operands) -> bool:
     """Whether `vector` can compute a product."""
     (inputs, outputs), groups = o.leaf.codes.shape, group_count(o)
     one_row = isinstance(o.x.shape[0], int) and o.x.shape[0] == 1
-    if not one_row or o.turned or outputs % 2 or not isinstance(o.leaf.format, Int):
+    if not one_row or o.turned or not outputs or outputs % 2:
         return False
-    if not inputs or not groups or inputs // groups % SIXTEEN:
+    if not isinstance(o.leaf.format, Int) or not inputs or not groups:
+        return False
+    if inputs // groups % SIXTEEN:
         return False
     if o.grid is None:
         return codes_in_bfloat16(o) or (o.leaf.activation is None and exact_in_float32(o))
-    return o.x.dtype == jnp.int8 and o.leaf.codes.dtype == jnp.int4
+    return o.x.dtype == jnp.int8 and o.leaf.codes.dtype == jnp.int4 and outputs >= WIDE
 
 
-def vector(o: Operands) -> jax.Array:
-    """One row times codes, of four bits if the row has codes, too: then in integers."""
-    totals = _floats(o) if o.grid is None else _integers(o)
-    return _joined(o.leaf.codes, *totals)
+def vector(o: Operands, many: Implementation) -> jax.Array:
+    """One row times codes, of four bits if the row has codes, too: then in integers.
+
+    Args:
+      o: the operands, as `serves` takes them.
+      many: what computes the product of several rows, which is what one row is under `vmap`.
+    """
+    arrays, structure = jax.tree.flatten((o.x, o.grid, o.leaf))
+
+    def operands(arrays: Sequence[jax.Array]) -> Operands:
+        x, grid, leaf = jax.tree.unflatten(structure, arrays)
+        return o._replace(x=x, grid=grid, leaf=leaf)
+
+    @jax.custom_batching.custom_vmap
+    def run(*arrays: jax.Array) -> jax.Array:
+        return _row(operands(arrays))
+
+    @run.def_vmap
+    def _(size: int, batched: Sequence[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
+        of_row = len(jax.tree.leaves((o.x, o.grid)))
+        if any(batched[of_row:]) or not batched[0] or is_spread(arrays[0]):
+            axes = [0 if own else None for own in batched]
+            return jax.vmap(lambda *arrays: _row(operands(arrays)), axes)(*arrays), True
+        pairs = zip(arrays, batched, strict=True)
+        y = many(operands([a.reshape(size, a.shape[-1]) if own else a for a, own in pairs]))
+        return y[:, None].astype(jnp.float32), True
+
+    return run(*arrays)
 
 
 # Helpers, in order of use.
+
+
+def _row(o: Operands) -> jax.Array:
+    totals = _floats(o) if o.grid is None else _integers(o)
+    return _joined(o.leaf.codes, *totals)
 
 
 def _floats(o: Operands) -> list[jax.Array]:
@@ -66,7 +108,7 @@ def _integers(o: Operands) -> list[jax.Array]:
     values = (_sixteens(c.astype(jnp.int16)) for c in _columns(o.leaf.codes))
     found = [sums.astype(jnp.int32) for sums in _sums(x, *values)]
     if o.leaf.zero_point is not None:
-        of_row = jnp.sum(x.reshape(-1, SIXTEEN), 1, jnp.int32, keepdims=True)
+        of_row = jnp.sum(x[0].reshape(-1, SIXTEEN), 1, jnp.int32, keepdims=True)
         zero = (_spread(z.astype(jnp.int32), o) for z in _coarse(o.leaf.zero_point, o))
         found = [sums - of_row * z for sums, z in zip(found, zero, strict=True)]
     own = zip(found, _coarse(o.leaf.scale, o), strict=True)
@@ -123,6 +165,13 @@ def _spread(coarse: jax.Array, o: Operands) -> jax.Array:
 
 
 def _over_few(sums: jax.Array) -> jax.Array:
-    """Σ over the rows, as [1, columns]."""
-    each = (sums[i : i + FEW] for i in range(0, sums.shape[0], FEW))
+    """Σ over the rows, as [1, columns], by levels where there are very many."""
+    count, columns = sums.shape
+    if count > FEW * FEW:
+        parts = count // FEW
+        first = sums[: parts * FEW].reshape(parts, FEW, columns).sum(1, dtype=jnp.int32)
+        total = _over_few(first)
+        rest = sums[parts * FEW :]
+        return total + _over_few(rest) if rest.shape[0] else total
+    each = (sums[i : i + FEW] for i in range(0, count, FEW))
     return functools.reduce(jnp.add, (jnp.sum(s, 0, jnp.int32, keepdims=True) for s in each))
