@@ -85,11 +85,19 @@ def _total(
         total = product(x, w, axis)
     else:
         zero = x_zero.astype(jnp.int32)
-        if in_order(x):  # a row of ones sums the weight's codes, which XLA:CPU makes wide for a sum
-            total = product(jnp.concatenate([x, jnp.ones_like(x[:1])]), w, axis)
-            total = total[:-1] - zero * total[-1:]
+
+        def summed(x: jax.Array, w: jax.Array) -> jax.Array:
+            return product(x, w, axis) - zero * jnp.sum(w, axis, jnp.int32)[None]
+
+        def by_ones(x: jax.Array, w: jax.Array) -> jax.Array:
+            both = product(jnp.concatenate([x, jnp.ones_like(x[:1])]), w, axis)
+            return both[:-1] - zero * both[-1:]
+
+        # To sum the weight's codes XLA:CPU makes them wide; a row of ones more costs little there.
+        if in_order(x):
+            total = jax.lax.platform_dependent(x, w, cpu=by_ones, default=summed)
         else:
-            total = product(x, w, axis) - zero * jnp.sum(w, axis, jnp.int32)[None]
+            total = summed(x, w)
         x = x.astype(jnp.int32) - x_zero.astype(jnp.int32)
     if w_zero is not None:
         zero = w_zero.T if turned else w_zero
