@@ -212,7 +212,7 @@ def _branch(name: str, platform: str, operation: Dot | Conv) -> Callable[..., ja
             assert grid is not None
             if flat is None or grid.zero_point is None or not in_order(flat.x):
                 return operation.integers(operand, grid, leaf).astype(operation.dtype)
-            y = IMPLEMENTATIONS[name](flat)
+            y = IMPLEMENTATIONS[name](flat)  # of matrices, which sums the weight's codes for less
         elif name == "float8":
             assert grid is not None and isinstance(operation, Dot)
             return operation.float8(operand, grid, leaf).astype(operation.dtype)

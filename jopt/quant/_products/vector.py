@@ -118,9 +118,13 @@ def _integers(o: Operands) -> list[jax.Array]:
     return [jnp.sum(sums, 0, keepdims=True) * o.grid.scale for sums in scaled]
 
 
+def _share_bytes(codes: jax.Array) -> bool:
+    return codes.dtype in (jnp.int4, jnp.uint4)
+
+
 def _columns(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two halves of the columns: of codes of four bits those that share bytes, else those apart."""
-    if codes.dtype in (jnp.int4, jnp.uint4):
+    if _share_bytes(codes):
         return nibbles(codes)
     half = codes.shape[1] // 2
     return codes[:, :half], codes[:, half:]
@@ -128,7 +132,7 @@ def _columns(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _joined(codes: jax.Array, one: jax.Array, other: jax.Array) -> jax.Array:
     """[1, outputs] of the two halves of the outputs."""
-    if codes.dtype in (jnp.int4, jnp.uint4):
+    if _share_bytes(codes):
         return woven(one, other)
     return jnp.concatenate([one, other], 1)
 
@@ -151,10 +155,7 @@ def _coarse(coarse: jax.Array, o: Operands) -> tuple[jax.Array, jax.Array]:
     """What `_columns` is for codes, for an array as coarse as groups."""
     coarse, codes = per_output(coarse, o), o.leaf.codes
     coarse = full_along(coarse, (coarse.shape[0], codes.shape[1]), [1])
-    if codes.dtype in (jnp.int4, jnp.uint4):
-        return coarse[:, 0::2], coarse[:, 1::2]
-    half = codes.shape[1] // 2
-    return coarse[:, :half], coarse[:, half:]
+    return (coarse[:, 0::2], coarse[:, 1::2]) if _share_bytes(codes) else _columns(coarse)
 
 
 def _spread(coarse: jax.Array, o: Operands) -> jax.Array:
