@@ -54,14 +54,16 @@ class Progress:
     def update(self, done: int, metrics: Mapping[str, float], examples_per_second: float) -> None:
         """Moves on to `done` steps, with the means of the metrics since the last call."""
         now = time.monotonic()
-        left = self._pace.left(done - self._done, now - self._clock, self._steps - done)
+        took = now - self._clock
+        left = self._pace.left(done - self._done, took, self._steps - done)
         self._done, self._clock = done, now
-        numbers = f"{_numbers(metrics)}  {examples_per_second:,.0f} examples/s"
+        rate = f"{examples_per_second:,.0f} examples/s" if left else f"{took:.1f} s with compiling"
+        numbers = f"{_numbers(metrics)}  {rate}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, numbers=numbers, left=left)
         elif now - self._spoken >= self._every or done == self._steps:
             self._spoken = now
-            line = f"{self._title}  {done}/{self._steps}  {numbers}  {left} left"
+            line = f"{self._title}  {done}/{self._steps}  {numbers}  {left}".rstrip()
             print(line, file=self._stream, flush=True)
 
     def stop(self) -> None:
@@ -75,16 +77,20 @@ class Progress:
 
 
 class _Pace:
-    """Seconds a step, the last chunks counting most: the first ones also compile."""
+    """Seconds a step, the last chunks counting most and the first, which compiles, not at all."""
 
     def __init__(self) -> None:
+        self._begun = False
         self._seconds: float | None = None
 
     def left(self, steps: int, seconds: float, ahead: int) -> str:
-        """The time that `ahead` more steps will take, after `steps` took so many seconds."""
+        """What to say of `ahead` more steps, after `steps` took so many seconds; "" at first."""
+        if not self._begun:
+            self._begun = True
+            return ""
         pace = seconds / max(steps, 1)
         self._seconds = pace if self._seconds is None else 0.5 * self._seconds + 0.5 * pace
-        return str(datetime.timedelta(seconds=round(self._seconds * ahead)))
+        return f"{datetime.timedelta(seconds=round(self._seconds * ahead))} left"
 
 
 def _numbers(metrics: Mapping[str, float]) -> str:
@@ -111,6 +117,6 @@ def _bar(rich: Any, stream: IO[str]) -> Any:
         columns.BarColumn(),
         columns.MofNCompleteColumn(),
         columns.TextColumn("{task.fields[numbers]}"),
-        columns.TextColumn("{task.fields[left]} left"),
+        columns.TextColumn("{task.fields[left]}"),
         console=rich.console.Console(file=stream),
     )

@@ -113,6 +113,7 @@ def test_lines_where_there_is_no_terminal():
     assert toy.same(shown, hidden)
     lines = stream.getvalue().splitlines()
     assert lines[0].startswith("teacher  1/40  loss ")
+    assert lines[0].endswith(" s with compiling")
     assert lines[-1].startswith("teacher  40/40  loss ")
     assert lines[-1].endswith("examples/s  0:00:00 left")
     quiet = io.StringIO()
@@ -130,6 +131,9 @@ def test_a_bar_on_a_terminal():
     stream = Terminal()
     progress = train.Progress("teacher", stream=stream)
     progress.start(10, 40)
+    progress.update(11, {"loss": 0.5}, 1.0)  # it compiles: no pace to go by
+    assert "s with compiling" in progress._bar.tasks[0].fields["numbers"]
+    assert progress._bar.tasks[0].fields["left"] == ""
     progress.update(30, {"loss": 0.25, "accuracy": 0.5}, 1234.5)
     progress.stop()
     text = stream.getvalue()
