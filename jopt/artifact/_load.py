@@ -47,7 +47,7 @@ class Artifact:
             f"weights  {sizes['weights_bytes']:,} bytes for {sizes['parameters']:,} parameters, "
             f"{sizes['nonzeros']:,} of them not zero; module {sizes['model_bytes']:,} bytes",
         ]
-        head += [f"{name}  {value}" for name, value in manifest["metrics"].items()]
+        head += [f"{name}  {_number(value)}" for name, value in manifest["metrics"].items()]
         rows = [("parameter", "shape", "as", "zeros", "bytes")]
         for leaf in manifest["leaves"]:
             count = leaf["parameters"]
@@ -187,6 +187,11 @@ def _spell(value: Any) -> str:
 def _found(inputs: tuple[Any, ...]) -> str:
     spelled = jax.tree.map(_spell, inputs)
     return f"{len(inputs)} inputs, {spelled}" if len(inputs) != 1 else f"{spelled[0]}"
+
+
+def _number(value: Any) -> Any:
+    """The digits of a float that a reader needs."""
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def _signature(values: Sequence[Mapping[str, Any]]) -> str:

@@ -169,6 +169,8 @@ def _explain(path: pathlib.Path, lines: dict[Path, str], error: pydantic.Validat
                 words = _unknown_kind(context["tag"], context["expected_tags"])
             case "value_error":
                 pass
+            case "tuple_type":
+                words = f"Input should be a list, found {mistake['input']!r:.60}"
             case _:
                 words += f", found {mistake['input']!r:.60}"
         mistakes.append((where, mistake["type"], words))

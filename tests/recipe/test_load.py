@@ -59,6 +59,7 @@ def test_good_recipe_with_defaults(write):
             ["forward"],
         ),
         ("target: 0.5", "target: .nan", 9, ["stages.1.sparsity.target"]),
+        ("target: 0.5", "at: 2", 9, ["stages.1.sparsity.at", "a list, found 2"]),
         ("name: small", "seed: .inf\nname: small", 1, ["seed"]),
         (
             "stage: sparsify",
