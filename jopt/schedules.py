@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -246,6 +247,14 @@ def alternating_sparsity(final: float, *, begin: int, period: int, end: int) -> 
         return jnp.where(sparse, jnp.asarray(final, jnp.float32), jnp.float32(0))
 
     return schedule
+
+
+def whole_steps(count: Any) -> bool:
+    """Whether it is one number of steps from 1 on, as far as that is known without tracing."""
+    known = isinstance(count, int | float | np.number | np.ndarray | jax.Array)
+    if isinstance(count, bool) or not known or np.ndim(count):
+        return False
+    return isinstance(count, Tracer) or (float(count) >= 1 and float(count) % 1 == 0)
 
 
 def _float(step: jax.typing.ArrayLike) -> jax.Array:

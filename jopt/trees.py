@@ -113,6 +113,8 @@ def select(tree: PyTree, where: Where, *, caller: str) -> PyTree:
         return chosen
     globs = [where] if isinstance(where, str) else list(where)
     known = paths(tree)
+    if not globs:
+        raise ValueError(_nothing(f"`{caller}(..., where=[])`", known))
     for glob in globs:
         if not any(_compiled(glob).fullmatch(path) for path in known):
             raise ValueError(_nothing(f'`{caller}(..., where="{glob}")`', known, glob))
@@ -125,6 +127,14 @@ def matches(where: Where, path: str, leaf: Any) -> bool:
         return bool(where(path, leaf))
     globs = [where] if isinstance(where, str) else where
     return any(_compiled(glob).fullmatch(path) is not None for glob in globs)
+
+
+def bare(path: str) -> str:
+    """A path without the `/value` by which flax nnx ends those of its variables.
+
+    `nnx.Optimizer` puts its state into variables of its own, and takes parameters out of theirs.
+    """
+    return path.removesuffix("/value")
 
 
 def weight_of(leaf: Any) -> Any:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from jopt import trees
+from jopt import schedules, trees
 
 from ._regularize import Level, checked, level, regularizer, wide
 
@@ -100,21 +100,21 @@ def growing_l2(
     References:
       Wang, Qin, Zhang, Fu, "Neural Pruning via Growing Regularization", 2020, arXiv 2012.09243.
     """
-    if delta <= 0 or every < 1 or limit <= 0:
+    if not (delta > 0 and schedules.whole_steps(every) and limit > 0):
         raise ValueError(
             f"`growing_l2(..., delta={delta}, every={every}, limit={limit})` expects `delta > 0`, "
-            "`every >= 1` and `limit > 0`."
+            "a number of steps, at least 1, and `limit > 0`."
         )
-    rows = dict(trees.items(masks))
+    rows = {trees.bare(path): mask for path, mask in trees.items(masks)}
 
     def change(update: jax.Array, weight: jax.Array, state: Any, path: str) -> jax.Array:
         times = (state.step // every).astype(jnp.float32)
         strength = jnp.minimum(jnp.float32(delta) * times, limit)
         decayed = _decayed(update, weight, strength)
-        return jnp.where(jnp.broadcast_to(rows[path], weight.shape), update, decayed)
+        return jnp.where(jnp.broadcast_to(rows[trees.bare(path)], weight.shape), update, decayed)
 
     def acted(path: str, leaf: Any) -> bool:
-        mask = rows.get(path)
+        mask = rows.get(trees.bare(path))
         return isinstance(mask, Tracer) or mask is None or jnp.ndim(mask) > 0 or not bool(mask)
 
     def check(params: PyTree, chosen: list[bool]) -> None:
@@ -133,7 +133,8 @@ def _check(masks: dict[str, Any], params: PyTree) -> None:
     stop = lambda node: trees.is_typed(node) or isinstance(node, optax.MaskedNode)  # noqa: E731
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=stop)
     spelled = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat
+        (trees.bare(jax.tree_util.keystr(path, simple=True, separator="/")), leaf)
+        for path, leaf in flat
     ]
     left_out = tuple(path for path, leaf in spelled if isinstance(leaf, optax.MaskedNode))
     found = {path: leaf for path, leaf in spelled if path not in left_out}

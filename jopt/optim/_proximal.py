@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jopt import trees
+from jopt import schedules, trees
 
 from ._regularize import Level, RegularizeState, checked, level, regularizer, wide
 
@@ -148,10 +148,19 @@ def proximal_nuclear_norm(
       Cai, Candès, Shen, "A Singular Value Thresholding Algorithm for Matrix Completion", 2008,
       arXiv 0810.3286.
     """
-    if every < 1:
+    if not schedules.whole_steps(every):
         raise ValueError(
             f"`proximal_nuclear_norm(..., every={every})` expects a number of steps, at least 1."
         )
+
+    def check(params: PyTree, chosen: list[bool]) -> None:
+        for (path, leaf), mine in zip(trees.items(params), chosen, strict=True):
+            shape = jnp.shape(trees.weight_of(leaf))
+            if mine and len(shape) < 2:
+                raise ValueError(
+                    f"`proximal_nuclear_norm(...)`: `{path}` has shape {list(shape)}, which is no "
+                    "matrix. Leave it out with `where=`."
+                )
 
     def prox(z: jax.Array, threshold: jax.Array) -> jax.Array:
         left, values, right = jnp.linalg.svd(z, full_matrices=False)
@@ -159,7 +168,7 @@ def proximal_nuclear_norm(
         return (left * jnp.expand_dims(values, -2).astype(left.dtype)) @ right
 
     caller = "proximal_nuclear_norm"
-    return _proximal(prox, strength, learning_rate, where, caller, every=every)
+    return _proximal(prox, strength, learning_rate, where, caller, every=every, check=check)
 
 
 # Helpers, in order of use.

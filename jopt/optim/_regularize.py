@@ -80,8 +80,12 @@ def checked(value: Level, name: str, *, caller: str) -> None:
     """Raises for a number below zero."""
     if callable(value) or isinstance(value, Tracer):
         return
-    if not float(np.asarray(value)) >= 0:
-        raise ValueError(f"`{caller}(..., {name}={value})` expects a number of 0 or more.")
+    try:
+        fits = float(np.asarray(value)) >= 0
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"`{caller}(..., {name}={value!r})` expects a number of 0 or more.")
 
 
 def wide(array: jax.Array) -> jax.Array:

@@ -201,7 +201,11 @@ class Tree(Pattern):
                 f"`Tree({list(levels)})` expects two patterns or more, from coarse to fine, all "
                 "but the last of them of whole units: `Channel`, `Block` or `Unstructured`."
             )
-        if len(parts) != len(levels) or min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
+        if (
+            len(parts) != len(levels)
+            or not all(part > 0 for part in parts)
+            or abs(sum(parts) - 1) > 1e-6
+        ):
             raise ValueError(
                 f"`Tree(..., parts={parts})` expects a positive part for each of {len(levels)} "
                 "levels, with sum 1."

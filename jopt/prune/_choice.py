@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
 from jopt import trees
@@ -168,17 +167,6 @@ class Choice:
             )
 
 
-def whole_steps(count: Any) -> bool:
-    """Whether it is a number of steps from 1 on, as far as that is known without tracing."""
-    if isinstance(count, Tracer):
-        return True
-    if isinstance(count, bool) or not isinstance(
-        count, int | float | np.number | np.ndarray | jax.Array
-    ):
-        return False
-    return bool(np.all((np.asarray(count) >= 1) & (np.asarray(count) % 1 == 0)))
-
-
 def ranked(score: Score, state: PyTree, weights: PyTree, *, caller: str) -> list[jax.Array]:
     """The scores of the chosen weights, in order."""
     weights = jax.lax.stop_gradient(weights)
@@ -193,7 +181,7 @@ def ranked(score: Score, state: PyTree, weights: PyTree, *, caller: str) -> list
         raise ValueError(
             f"`{caller}(..., score=...)`: `score.rank(state, params)` must give an array of floats "
             "for each weight, in a tree of the same structure. It gave "
-            f"{jax.tree.map(jnp.shape, scores)} for {jax.tree.map(jnp.shape, weights)}."
+            f"{_typed(scores)} for {_typed(weights)}."
         )
     return [jnp.asarray(s) for s in found]
 
@@ -255,6 +243,10 @@ def _rest(
     left = wide.remainder(wanted, counted(scores))
     more = wide.quotient(wide.add(left, wide.wide_like(left, lost // 2)), lost)
     return wide.minimum(wide.add(counted(units), more), wide.wide(sizes(units)))
+
+
+def _typed(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree)
 
 
 def _floats(scores: jax.Array) -> jax.Array:

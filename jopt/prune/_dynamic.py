@@ -14,11 +14,11 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from jopt import trees
+from jopt import schedules, trees
 from jopt.trace import Site
 
 from . import _bits, _landing, _packed, _threshold, _wide
-from ._choice import MAGNITUDE, UNSTRUCTURED, Choice, Plan, ranked, whole_steps
+from ._choice import MAGNITUDE, UNSTRUCTURED, Choice, Plan, ranked
 from ._packed import Packed, Pooled, Words
 from ._patterns import Pattern
 from ._scopes import Policy, is_policy
@@ -243,7 +243,7 @@ def _dynamic(
             f"`{caller}(..., pattern={pattern})`: units come and go as a whole, so the pattern is "
             "`Unstructured()`, `Block(shape)` or `Channel(axis)`."
         )
-    if not whole_steps(every) or not (isinstance(drop, Tracer) or 0 <= drop <= 1):
+    if not schedules.whole_steps(every) or not (isinstance(drop, Tracer) or _share(drop)):
         raise ValueError(
             f"`{caller}(..., every={every}, drop={drop})` expects a number of steps, at least 1, "
             "and a share in [0, 1]."
@@ -251,8 +251,14 @@ def _dynamic(
     return Choice(pattern, scope, where, sites, unfit, caller, pooled)
 
 
+def _share(drop: Any) -> bool:
+    return isinstance(drop, int | float | np.number | np.ndarray | jax.Array) and bool(
+        np.all((np.asarray(drop) >= 0) & (np.asarray(drop) <= 1))
+    )
+
+
 def _check_until(caller: str, until: Any) -> None:
-    if not whole_steps(until) and until != np.inf:
+    if not schedules.whole_steps(until) and until != np.inf:
         raise ValueError(f"`{caller}(..., until={until})` expects a number of steps, at least 1.")
 
 
@@ -298,7 +304,8 @@ def _moving(
             return updates, state
         plan = choice.plan(params, sparsity)
         selection = plan.selection
-        words = _packed.words_of(state.masks, selection)
+        _landing.check(updates, selection, caller=choice.caller)
+        words = _packed.words_of(state.masks, selection, pooled=choice.pooled, caller=choice.caller)
         if moves is not None:
             grads = jax.tree.leaves(selection.weights(updates))
             words = _next(moves, plan, words, grads, state.step, choice.pooled)

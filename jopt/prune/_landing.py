@@ -43,6 +43,20 @@ def pruned(words: Words, selection: Selection) -> list[jax.Array]:
     return [_bits.placed(mask, weight) for mask, weight in zip(found, weights, strict=True)]
 
 
+def check(updates: PyTree, selection: Selection, *, caller: str) -> None:
+    """Raises unless the updates of the chosen weights are shaped like them."""
+    rows = zip(
+        selection.chosen_paths, selection.among(updates), selection.chosen_weights, strict=True
+    )
+    for path, leaf, weight in rows:
+        shape, expected = jnp.shape(trees.weight_of(leaf)), jnp.shape(weight)
+        if shape != expected:
+            raise ValueError(
+                f"`{caller}(...)`: the update of `{path}` has shape {list(shape)}, and the weight "
+                f"{list(expected)}."
+            )
+
+
 def landed(updates: PyTree, gone: Sequence[jax.Array], selection: Selection) -> PyTree:
     """Updates that bring pruned weights to zero exactly."""
     found = []

@@ -172,7 +172,10 @@ def report(masks: PyTree, *, skipped: Mapping[str, str] | None = None) -> dict[s
 
     Args:
       masks: a mask tree.
-      skipped: the reasons from `misfits`, to be reported with the leaves.
+      skipped: the reasons from `misfits`, to be reported with the leaves, as 0 of 0 weights.
+
+    Raises:
+      TypeError: if a leaf is not of booleans.
 
     Example:
       >>> import jax.numpy as jnp
@@ -183,10 +186,15 @@ def report(masks: PyTree, *, skipped: Mapping[str, str] | None = None) -> dict[s
     skipped = skipped or {}
     rows = {}
     for path, mask in trees.items(masks):
+        if jnp.result_type(mask) != jnp.bool_:
+            raise TypeError(
+                f"`prune.report(masks)`: `{path}` is {jnp.result_type(mask)}, and a mask is of "
+                "booleans. `prune.masks` makes one, `prune.masks_of` finds those of an optimizer."
+            )
         if not is_dense(mask):
             rows[path] = Kept(int(np.count_nonzero(mask)), int(np.size(mask)))
         elif path in skipped:
-            rows[path] = Kept(1, 1, skipped[path])
+            rows[path] = Kept(0, 0, skipped[path])  # a scalar does not tell how many there are
     return rows
 
 
@@ -201,10 +209,14 @@ def aligned(masks: PyTree, params: PyTree, *, caller: str) -> list[Any]:
     try:
         full = _spread(masks, params)
     except ValueError as error:
-        raise ValueError(
-            f"`{caller}(...)`: the masks have another structure than `params`:\n{error}"
-        ) from error
-    found = jax.tree.structure(params, is_leaf=trees.is_typed).flatten_up_to(full)
+        # Those of `nnx.Optimizer` fit its parameters in all but the kind of their variables.
+        if list(map(trees.bare, trees.paths(masks))) != list(map(trees.bare, trees.paths(params))):
+            raise ValueError(
+                f"`{caller}(...)`: the masks have another structure than `params`:\n{error}"
+            ) from error
+        found = jax.tree.leaves(masks)
+    else:
+        found = jax.tree.structure(params, is_leaf=trees.is_typed).flatten_up_to(full)
     for (path, leaf), mask in zip(trees.items(params), found, strict=True):
         if is_dense(mask):
             continue

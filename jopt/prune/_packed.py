@@ -20,6 +20,7 @@ _CLASH = (
     "`masks_of(opt_state)` found several masks for the same leaves: two of `prune.sparsify` and "
     "`prune.hold` act on them. Call it on the state of one."
 )
+_OTHER = "Give the state that `init` made for parameters of these shapes, and the same options."
 Words = list[jax.Array] | jax.Array  # of each chosen weight, or one array for all of them
 
 
@@ -115,11 +116,42 @@ def placeholder(params: PyTree, *, pooled: bool) -> Packed | Pooled:
     return Packed(params, jnp.zeros((0, 2), jnp.int32))
 
 
-def words_of(packed: Packed | Pooled, selection: Selection) -> Words:
-    """The words of the chosen weights."""
+def words_of(packed: Packed | Pooled, selection: Selection, *, pooled: bool, caller: str) -> Words:
+    """The words of the chosen weights.
+
+    Raises:
+      ValueError: if they are of other weights, or kept in the other way.
+    """
+    if isinstance(packed, Pooled) != pooled:
+        now, then = ("True", "False") if pooled else ("False", "True")
+        raise ValueError(
+            f"`{caller}(..., pooled={now})` was given a state made with `pooled={then}`. Keep to "
+            "one of them; `masks_of` of the old state and `prune.hold(masks, pooled=...)` or "
+            "`prune.rewind` carry masks over."
+        )
+    shapes = [jnp.shape(weight) for weight in selection.chosen_weights]
     if isinstance(packed, Pooled):
+        expected = sum(map(_bytes, shapes))
+        if packed.words.shape[-1:] != (expected,):
+            raise ValueError(
+                f"`{caller}(...)`: the masks in the state take {packed.words.size} bytes, and "
+                f"those of these parameters {expected}. {_OTHER}"
+            )
         return packed.words
-    return [trees.weight_of(leaf) for leaf in selection.among(packed.words)]
+    try:
+        words = [trees.weight_of(leaf) for leaf in selection.among(packed.words)]
+    except ValueError as error:
+        raise ValueError(
+            f"`{caller}(...)`: the masks in the state have another structure than `params`. "
+            f"{_OTHER}\n{error}"
+        ) from error
+    for path, word, shape in zip(selection.chosen_paths, words, shapes, strict=True):
+        if jnp.shape(word) != (_packed_shape(shape) if shape else ()):
+            raise ValueError(
+                f"`{caller}(...)`: the mask of `{path}` in the state is of another weight than one "
+                f"of shape {list(shape)}. {_OTHER}"
+            )
+    return words
 
 
 def with_words(packed: Packed | Pooled, selection: Selection, words: Words) -> Packed | Pooled:

@@ -9,6 +9,7 @@ from jopt.trace import Site
 
 from ._choice import MAGNITUDE, UNSTRUCTURED, Choice
 from ._patterns import Pattern
+from ._scopes import is_policy
 from ._scores import Score
 from ._sparsify import gradual
 
@@ -48,6 +49,7 @@ def ac_dc(
 
     Raises:
       ValueError: as `sparsify` and `alternating_sparsity` do.
+      TypeError: if the sparsity is no number.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -68,5 +70,10 @@ def ac_dc(
     """
     choice = Choice(pattern, scope, where, sites, unfit, "prune.ac_dc", pooled)
     choice.check(sparsity, score)
+    if callable(sparsity) or is_policy(sparsity):
+        raise TypeError(
+            f"`prune.ac_dc({sparsity!r:.60}, ...)` makes its own schedule of sparse and dense "
+            "phases: give the sparsity of sparse ones, a number."
+        )
     schedule = schedules.alternating_sparsity(sparsity, begin=begin, period=period, end=end)
     return gradual(choice, schedule, score, 1, inner, "phases")

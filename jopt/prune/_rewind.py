@@ -69,7 +69,8 @@ def rewind(
             strict=True,
         )
     ]
-    _check(tx, params, opt_state)
+    wrapped = jax.tree.structure(opt_state)
+    opt_state = _checked(tx, params, opt_state)
     params = _landing.zeroed(params, gone, selection)
     state = _landing.forgotten(tx, opt_state, params, gone, selection)
     state = jax.tree.map(
@@ -77,19 +78,24 @@ def rewind(
         state,
         is_leaf=is_packed,
     )
+    if jax.tree.structure(state) != wrapped:
+        state = wrapped.unflatten(jax.tree.leaves(state))
     return params, state
 
 
 # Helpers, in order of use.
 
 
-def _check(tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree) -> None:
-    """Raises if the state is another model's, or another transformation's."""
+def _checked(tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree) -> PyTree:
+    """The state, out of the variables that `nnx.Optimizer` puts it in; another model's raises."""
     try:
         expected = jax.eval_shape(tx.init, params)
     except jax.errors.ConcretizationTypeError:  # it looks at values
-        return
-    if jax.tree.structure(expected) != jax.tree.structure(opt_state):
+        return opt_state
+    treedef = jax.tree.structure(expected)
+    if treedef != jax.tree.structure(opt_state) and _names(expected) == _names(opt_state):
+        opt_state = treedef.unflatten(jax.tree.leaves(opt_state))
+    if treedef != jax.tree.structure(opt_state):
         raise ValueError(
             "`rewind(tx, params, opt_state, masks)`: the state has another structure than "
             "`tx.init(params)`. Give the transformation and the parameters it was made with."
@@ -104,6 +110,13 @@ def _check(tx: optax.GradientTransformation, params: PyTree, opt_state: PyTree) 
                 f"{list(jnp.shape(found))}, and `tx.init(params)` has {list(own.shape)} there. "
                 "Give the state and the parameters of the same checkpoint."
             )
+    return opt_state
+
+
+def _names(tree: PyTree) -> list[str]:
+    found = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    spelled = [jax.tree_util.keystr(path, simple=True, separator="/") for path in found]
+    return list(map(trees.bare, spelled))
 
 
 def _replaced(

@@ -176,7 +176,7 @@ def fisher(moments: PyTree | None = None, *, decay: float | None = None) -> Scor
 
         def observe(state: PyTree, params: PyTree, **extra_args: Any) -> PyTree:
             if moments is not None:
-                return _among(moments, params)
+                return _among(moments, params, "fisher(moments)")
             found = _second_moments(extra_args.get("inner_state"), params)
             # All zero before the optimizer's first step: the order of the weights would decide.
             blank = jnp.stack([jnp.all(v == 0) for v in jax.tree.leaves(found)]).all()
@@ -232,7 +232,7 @@ def activation_norm(norms: PyTree | None = None, *, decay: float = 0.9) -> Score
         )
 
     if norms is not None:
-        return Score(rank, observe=lambda state, params, **extra_args: _among(norms, params))
+        return Score(rank, observe=lambda state, params, **extra_args: _spread(norms, params))
 
     def update(updates: PyTree, state: PyTree, params: PyTree, **extra_args: Any) -> PyTree:
         if "activations" not in extra_args:
@@ -241,7 +241,7 @@ def activation_norm(norms: PyTree | None = None, *, decay: float = 0.9) -> Score
                 "mean squares of each weight's inputs; for `prune.masks` give norms: "
                 "`prune.activation_norm(norms)`."
             )
-        found = _among(extra_args["activations"], params)
+        found = _spread(extra_args["activations"], params)
         return jax.tree.map(lambda mean, x: _mean(mean, _wide(x), decay), state, found)
 
     def observe(state: PyTree, params: PyTree, **extra_args: Any) -> PyTree:
@@ -269,7 +269,7 @@ def _wide(array: jax.Array) -> jax.Array:
 def _gradients_of_step(name: str, given: PyTree | None) -> Any:
     def observe(state: PyTree, params: PyTree, **extra_args: Any) -> PyTree:
         if given is not None:
-            return _among(given, params)
+            return _among(given, params, f"{name}(grads)")
         return _gradients(name, params, extra_args)
 
     return observe
@@ -284,17 +284,47 @@ def _gradients(name: str, params: PyTree, extra_args: dict[str, Any]) -> PyTree:
             f"`tx.update(grads, state, params, grad=grads)`; for `prune.masks` give them, "
             f"`prune.{name}(grads)`."
         )
-    return _among(grads, params)
+    return _among(grads, params, f"{name}()")
 
 
-def _among(tree: PyTree, params: PyTree) -> PyTree:
-    """What `tree` has in the places of `params`, which has `optax.MaskedNode` where it has none."""
+def _spread(norms: PyTree, params: PyTree) -> PyTree:
+    return _among(norms, params, "activation_norm(norms)", spread=True)
+
+
+def _among(tree: PyTree, params: PyTree, call: str, *, spread: bool = False) -> PyTree:
+    """What `tree` has in the places of `params`, which has `optax.MaskedNode` where it has none.
+
+    Raises:
+      ValueError: if an array is not shaped like its weight; `spread`: does not broadcast to it.
+    """
     places, treedef = jax.tree.flatten(params, is_leaf=_is_masked)
-    found = [
-        place if _is_masked(place) else trees.weight_of(leaf)
-        for place, leaf in zip(places, treedef.flatten_up_to(tree), strict=True)
-    ]
+    try:
+        leaves = treedef.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(
+            f"`prune.{call}`: what it was given has another structure than `params`:\n{error}"
+        ) from error
+    found, paths = [], iter(trees.paths(params))
+    for place, leaf in zip(places, leaves, strict=True):
+        if _is_masked(place):
+            found.append(place)
+            continue
+        path, own = next(paths), trees.weight_of(leaf)
+        shape, expected = jnp.shape(own), jnp.shape(place)
+        if shape != expected and not (spread and _fits(shape, expected)):
+            raise ValueError(
+                f"`prune.{call}`: the array for `{path}` has shape {list(shape)}, and the weight "
+                f"{list(expected)}."
+            )
+        found.append(own)
     return treedef.unflatten(found)
+
+
+def _fits(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False
 
 
 def _is_masked(node: Any) -> bool:

@@ -82,7 +82,7 @@ def magnitude(p: float = 1) -> Score:
     Raises:
       ValueError: if `p` is not a positive finite number.
     """
-    if not (p > 0 and math.isfinite(p)):
+    if not (isinstance(p, int | float | np.number) and p > 0 and math.isfinite(p)):
         raise ValueError(
             f"`magnitude({p})` expects a positive finite exponent: 1 for L1, 2 for L2."
         )

@@ -67,7 +67,7 @@ def select(params: PyTree, where: trees.Where | None, *, caller: str) -> Selecti
     for (path, leaf), mine in zip(items, chosen, strict=True):
         if mine and not _prunable(leaf):
             raise TypeError(
-                f"`{caller}(...)` cannot prune `{path}`, a {_describe(leaf)}: it takes arrays of "
+                f"`{caller}(...)` cannot prune `{path}`, {_describe(leaf)}: it takes arrays of "
                 "floats, and typed leaves that train. Choose leaves with `where=`; prune before "
                 "quantizing."
             )
@@ -105,8 +105,14 @@ def fitted(
             f"`{caller}(..., pattern={pattern})` does not fit {len(wrong)} of {len(axes)} "
             + "weights:\n"
             + "\n".join(f"  `{paths[i]}`: {reason}" for i, reason in wrong.items())
-            + "\nLeave them out with `where=`, choose another pattern, or leave them dense with "
-            '`unfit="skip"` (`prune.misfits` says which). '
+            + ("\nNothing would be pruned: c" if skip else "\nLeave them out with `where=`, c")
+            + "hoose another pattern"
+            + (
+                ""
+                if skip
+                else ', or leave them dense with `unfit="skip"` (`prune.misfits` says which)'
+            )
+            + ". "
             "`sites=jopt.sites(apply, params, *inputs)` says along which axis the inputs lie."
         )
     if wrong:
@@ -170,10 +176,13 @@ def _prunable(leaf: Any) -> bool:
         return False
     weight = trees.weight_of(leaf)
     dtype = getattr(weight, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact) and jnp.ndim(weight) > 0
+    if dtype is None or dtype == jnp.float8_e8m0fnu:  # powers of two, none of which is zero
+        return False
+    return jnp.issubdtype(dtype, jnp.inexact) and jnp.ndim(weight) > 0
 
 
 def _describe(leaf: Any) -> str:
     if trees.is_typed(leaf):
-        return f"typed leaf {type(leaf).__name__}"
-    return f"{type(leaf).__name__} of dtype {getattr(leaf, 'dtype', type(leaf).__name__)}"
+        return f"a typed leaf {type(leaf).__name__}"
+    kind = "an array" if isinstance(leaf, jax.Array) else f"a {type(leaf).__name__}"
+    return f"{kind} of dtype {getattr(leaf, 'dtype', type(leaf).__name__)}"

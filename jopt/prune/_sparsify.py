@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jopt import trees
+from jopt import schedules, trees
 from jopt.trace import Site
 
 from . import _landing, _masks, _packed, _scopes
-from ._choice import MAGNITUDE, UNSTRUCTURED, Choice, Plan, ranked, whole_steps
+from ._choice import MAGNITUDE, UNSTRUCTURED, Choice, Plan, ranked
 from ._packed import Packed, Pooled, Words
 from ._patterns import Pattern
 from ._scopes import Level, Policy
@@ -120,7 +120,7 @@ def sparsify(
     caller = "prune.sparsify"
     choice = Choice(pattern, scope, where, sites, unfit, caller, pooled)
     choice.check(sparsity, score)
-    if not whole_steps(every):
+    if not schedules.whole_steps(every):
         raise ValueError(f"`{caller}(..., every={every})` expects a number of steps, at least 1.")
     return gradual(choice, sparsity, score, every, inner, "anew" if regrow else "grow")
 
@@ -197,7 +197,10 @@ def hold(
         if not jax.tree.leaves(params):
             return updates, state
         selection, _ = selected(params)
-        gone = _landing.pruned(_packed.words_of(state.masks, selection), selection)
+        _landing.check(updates, selection, caller=caller)
+        gone = _landing.pruned(
+            _packed.words_of(state.masks, selection, pooled=pooled, caller=caller), selection
+        )
         if wrapped is not None:
             updates, within = _landing.stepped(
                 wrapped, updates, state.inner, params, gone, selection, extra_args
@@ -240,6 +243,7 @@ def gradual(
             return updates, state
         plan = choice.plan(params, sparsity)
         selection = plan.selection
+        _landing.check(updates, selection, caller=choice.caller)
         weights = selection.weights(params)
         seen = extra_args
         if wrapped is not None:
@@ -251,7 +255,9 @@ def gradual(
         risen, changed = aim > state.sparsity, aim != state.sparsity
         moved = {"grow": risen, "anew": changed | (aim > 0), "phases": changed}[mode]
         due = (state.step % every == 0) & jnp.any(moved)
-        before = _packed.words_of(state.masks, selection)
+        before = _packed.words_of(
+            state.masks, selection, pooled=choice.pooled, caller=choice.caller
+        )
 
         def look() -> Words:
             statistics = score.observe(scoring, weights, **seen, steps=state.step)

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from toy_sparse import RAMP, TOTAL, Pair, random_params, train
 
-from jopt import prune
+from jopt import optim, prune
 
 
 @pytest.fixture(autouse=True)
@@ -216,5 +216,21 @@ def test_masks_in_the_state_of_an_nnx_optimizer():
         masks.append([np.asarray(leaf) for leaf in jax.tree.leaves(found)])
         kernel = np.asarray(model.kernel[...])
         assert any(m.shape == kernel.shape and ((kernel == 0) == ~m).all() for m in masks[-1])
+        # They fit the parameters, though they lie in variables of another class.
+        params = nnx.state(model, nnx.Param)
+        assert jax.tree.structure(prune.apply_masks(params, found)) == jax.tree.structure(params)
+        prune.hold(found).init(params)
+        early, state = prune.rewind(tx, params, optimizer.opt_state, found)
+        assert jax.tree.structure(state) == jax.tree.structure(optimizer.opt_state)
+        nnx.update(model, early)
+        optimizer.opt_state = state
+        held = nnx.Optimizer(
+            model,
+            optax.chain(optim.growing_l2(found, delta=0.1), SGD, prune.hold(found)),
+            wrt=nnx.Param,
+        )
+        for each in (optimizer, held):
+            each.update(model, grads)
+            np.testing.assert_array_equal(np.asarray(model.kernel[...]) == 0, kernel == 0)
     for one, other in zip(*masks, strict=True):
         np.testing.assert_array_equal(one, other)
