@@ -129,6 +129,12 @@ def matches(where: Where, path: str, leaf: Any) -> bool:
     return any(_compiled(glob).fullmatch(path) is not None for glob in globs)
 
 
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of one shape broadcasts to another."""
+    tail = to[len(to) - len(shape) :]
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape, tail, strict=True))
+
+
 def bare(path: str) -> str:
     """A path without the `/value` by which flax nnx ends those of its variables.
 

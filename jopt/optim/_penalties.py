@@ -145,11 +145,7 @@ def _check(masks: dict[str, Any], params: PyTree) -> None:
                 "structure of `params`, with a scalar True for leaves to leave alone."
             )
         shape, mask = jnp.shape(trees.weight_of(leaf)), masks[path]
-        fits = len(jnp.shape(mask)) <= len(shape) and all(
-            own in (1, size)
-            for own, size in zip(reversed(jnp.shape(mask)), reversed(shape), strict=False)
-        )
-        if jnp.result_type(mask) != jnp.bool_ or not fits:
+        if jnp.result_type(mask) != jnp.bool_ or not trees.broadcasts(jnp.shape(mask), shape):
             raise ValueError(
                 f"`growing_l2(masks, ...)`: the mask of `{path}` is {jnp.result_type(mask)}"
                 f"{list(jnp.shape(mask))}, and its weight has shape {list(shape)}. A mask is "

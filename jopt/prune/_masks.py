@@ -221,7 +221,7 @@ def aligned(masks: PyTree, params: PyTree, *, caller: str) -> list[Any]:
         if is_dense(mask):
             continue
         shape, expected = jnp.shape(mask), jnp.shape(trees.weight_of(leaf))
-        if jnp.result_type(mask) != jnp.bool_ or not _broadcasts(shape, expected):
+        if jnp.result_type(mask) != jnp.bool_ or not trees.broadcasts(shape, expected):
             raise ValueError(
                 f"`{caller}(...)`: the mask of `{path}` is {jnp.result_type(mask)}{list(shape)}, "
                 f"and its weight has shape {list(expected)}. A mask is boolean and broadcasts to "
@@ -239,8 +239,3 @@ def _spread(masks: PyTree, params: PyTree) -> PyTree:
     children, treedef = jax.tree.flatten(masks, is_leaf=lambda node: node is not masks)
     pairs = zip(children, treedef.flatten_up_to(params), strict=True)
     return treedef.unflatten([_spread(mask, below) for mask, below in pairs])
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    tail = to[len(to) - len(shape) :]
-    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape, tail, strict=True))

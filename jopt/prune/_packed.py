@@ -47,8 +47,8 @@ class Pooled(NamedTuple):
 def masks_of(opt_state: PyTree) -> PyTree:
     """Finds the masks that `sparsify` or `hold` keeps, in the state of any chain they are part of.
 
-    The parts of `optax.multi_transform` are put together. Looks at values, so it runs outside
-    `jit`.
+    The parts of `optax.multi_transform` are put together. Those of `nnx.Optimizer` come in its own
+    variables, and fit the parameters of its model. Looks at values, so it runs outside `jit`.
 
     Args:
       opt_state: an optimizer state.

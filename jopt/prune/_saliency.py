@@ -311,20 +311,13 @@ def _among(tree: PyTree, params: PyTree, call: str, *, spread: bool = False) -> 
             continue
         path, own = next(paths), trees.weight_of(leaf)
         shape, expected = jnp.shape(own), jnp.shape(place)
-        if shape != expected and not (spread and _fits(shape, expected)):
+        if shape != expected and not (spread and trees.broadcasts(shape, expected)):
             raise ValueError(
                 f"`prune.{call}`: the array for `{path}` has shape {list(shape)}, and the weight "
                 f"{list(expected)}."
             )
         found.append(own)
     return treedef.unflatten(found)
-
-
-def _fits(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    try:
-        return np.broadcast_shapes(shape, to) == to
-    except ValueError:
-        return False
 
 
 def _is_masked(node: Any) -> bool:

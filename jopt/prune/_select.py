@@ -101,19 +101,18 @@ def fitted(
     wrong = {i: reason for i, reason in enumerate(found) if reason}
     if wrong and not (skip and len(wrong) < len(axes)):
         paths = selection.chosen_paths
+        advice = (
+            "Nothing would be pruned: choose another pattern. "
+            if skip
+            else "Leave them out with `where=`, choose another pattern, or leave them dense with "
+            '`unfit="skip"` (`prune.misfits` says which). '
+        )
         raise ValueError(
             f"`{caller}(..., pattern={pattern})` does not fit {len(wrong)} of {len(axes)} "
             + "weights:\n"
             + "\n".join(f"  `{paths[i]}`: {reason}" for i, reason in wrong.items())
-            + ("\nNothing would be pruned: c" if skip else "\nLeave them out with `where=`, c")
-            + "hoose another pattern"
-            + (
-                ""
-                if skip
-                else ', or leave them dense with `unfit="skip"` (`prune.misfits` says which)'
-            )
-            + ". "
-            "`sites=jopt.sites(apply, params, *inputs)` says along which axis the inputs lie."
+            + f"\n{advice}"
+            + "`sites=jopt.sites(apply, params, *inputs)` says along which axis the inputs lie."
         )
     if wrong:
         places = [place for place, mine in enumerate(selection.chosen) if mine]
