@@ -126,8 +126,8 @@ def words_of(packed: Packed | Pooled, selection: Selection, *, pooled: bool, cal
         now, then = ("True", "False") if pooled else ("False", "True")
         raise ValueError(
             f"`{caller}(..., pooled={now})` was given a state made with `pooled={then}`. Keep to "
-            "one of them; `masks_of` of the old state and `prune.hold(masks, pooled=...)` or "
-            "`prune.rewind` carry masks over."
+            "one of them, or carry the masks over: `masks_of` finds those of the old state, and "
+            "`prune.rewind` puts them into a new one."
         )
     shapes = [jnp.shape(weight) for weight in selection.chosen_weights]
     if isinstance(packed, Pooled):

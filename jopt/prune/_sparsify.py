@@ -19,6 +19,7 @@ from ._scores import Score
 from ._select import Selection, selection_of
 
 PyTree = Any
+Mode = Literal["grow", "anew", "phases"]
 
 
 class SparsifyState(NamedTuple):
@@ -217,7 +218,7 @@ def gradual(
     score: Score,
     every: int | jax.Array,
     inner: optax.GradientTransformation | None,
-    mode: Literal["grow", "anew", "phases"],
+    mode: Mode,
 ) -> optax.GradientTransformationExtraArgs:
     """`sparsify` with masks that only grow, or new ones at each look, or as sparsity changes."""
     wrapped = None if inner is None else _landing.wrapped(inner, choice.caller)
@@ -250,11 +251,8 @@ def gradual(
             seen = {**extra_args, "grad": updates, "inner_state": state.inner}
         scoring = score.update(selection.weights(updates), state.score, weights, **seen)
         targets = [_scopes.at(p.sparsity, state.step, caller=choice.caller) for p in plan.parts]
-        aims = [jnp.asarray(target).astype(jnp.float32) for target in targets]
-        aim = jnp.stack(aims) if state.sparsity.ndim else aims[0]
-        risen, changed = aim > state.sparsity, aim != state.sparsity
-        moved = {"grow": risen, "anew": changed | (aim > 0), "phases": changed}[mode]
-        due = (state.step % every == 0) & jnp.any(moved)
+        aim, moved = _aimed(targets, state.sparsity, mode)
+        due = (state.step % every == 0) & moved
         before = _packed.words_of(
             state.masks, selection, pooled=choice.pooled, caller=choice.caller
         )
@@ -286,6 +284,15 @@ def gradual(
         return _landing.landed(updates, gone, selection), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _aimed(targets: Sequence[Any], reached: jax.Array, mode: Mode) -> tuple[jax.Array, jax.Array]:
+    """The sparsity to reach, shaped like that reached, and whether masks are due for it."""
+    aims = [jnp.asarray(target).astype(jnp.float32) for target in targets]
+    aim = jnp.stack(aims) if reached.ndim else aims[0]
+    risen, changed = aim > reached, aim != reached
+    moved = {"grow": risen, "anew": changed | (aim > 0), "phases": changed}[mode]
+    return aim, jnp.any(moved)
 
 
 def _grown(
