@@ -191,8 +191,8 @@ class Tree(Pattern):
     parts: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        levels = tuple(self.levels)
-        parts = tuple(self.parts) or (1 / max(len(levels), 1),) * len(levels)
+        levels, given = _several(self.levels), _several(self.parts)
+        parts = given or (1 / max(len(levels), 1),) * len(levels)
         object.__setattr__(self, "levels", levels)
         object.__setattr__(self, "parts", parts)
         whole = all(isinstance(p, Pattern) and p.share == 1 for p in levels[:-1])
@@ -203,7 +203,7 @@ class Tree(Pattern):
             )
         if (
             len(parts) != len(levels)
-            or not all(part > 0 for part in parts)
+            or not all(isinstance(part, int | float) and part > 0 for part in parts)
             or abs(sum(parts) - 1) > 1e-6
         ):
             raise ValueError(
@@ -241,6 +241,10 @@ class Tree(Pattern):
     def spread(self, kept: jax.Array, scores: jax.Array, axis: int) -> jax.Array:
         """The finest level's weights."""
         return self.levels[-1].spread(kept, scores, axis)
+
+
+def _several(given: Any) -> tuple[Any, ...]:
+    return tuple(given) if isinstance(given, Sequence) else (given,)
 
 
 def _means(scores: jax.Array, add_up: Any, members: Any) -> jax.Array:

@@ -49,6 +49,8 @@ def check(updates: PyTree, selection: Selection, *, caller: str) -> None:
         selection.chosen_paths, selection.among(updates), selection.chosen_weights, strict=True
     )
     for path, leaf, weight in rows:
+        if leaf is None:
+            raise ValueError(f"`{caller}(...)`: the updates have none for `{path}`, a weight.")
         shape, expected = jnp.shape(trees.weight_of(leaf)), jnp.shape(weight)
         if shape != expected:
             raise ValueError(

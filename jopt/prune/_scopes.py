@@ -72,7 +72,9 @@ def at(sparsity: Any, step: jax.Array, *, caller: str) -> Any:
     if not callable(sparsity):
         return sparsity
     value: Any = sparsity(step)
-    if jnp.ndim(value) or not (isinstance(value, Tracer) or float(value) == float(value)):
+    number = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    number &= not isinstance(value, bool)
+    if not number or np.ndim(value) or not (isinstance(value, Tracer) or value == value):
         raise ValueError(
             f"`{caller}(<schedule>)`: a schedule gives the fraction of weights to prune at a step, "
             f"one number in [0, 1); it gave {value!r}."

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from jopt import schedules
 from jopt.train._checkpoint import Checkpoints
 from jopt.train._chunk import Rows, Stream, chunks, next_length
 from jopt.train._diverged import bad_loss, check_state, first_bad, nonfinite
@@ -76,10 +77,12 @@ def fit(
       >>> int(state.step), history.metrics["loss"].shape
       (20, (20,))
     """
-    if (evaluate is None) != (every is None) or (every is not None and every < 1):
+    if (evaluate is None) != (every is None):
         raise ValueError(
-            f"`fit(..., every={every})` is for `evaluate`, and at least 1: give both or neither."
+            f"`fit(..., every={every})` says how often to `evaluate`: give both or neither."
         )
+    if every is not None and not schedules.whole_steps(every):
+        raise ValueError(f"`fit(..., every={every})` expects a number of steps, at least 1.")
     if checkpoints is not None and (checkpoints.latest() or 0) > int(state.step):
         restored = checkpoints.restore(state, feed=feed)
         state = state if restored is None else restored.state

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from jopt import schedules
+
 _FILE = "metrics.jsonl"
 
 
@@ -40,8 +42,10 @@ class MetricLog:
     def __init__(
         self, directory: str | os.PathLike[str], *, every: int = 1, tensorboard: bool = False
     ):
-        if every < 1:
-            raise ValueError(f"`MetricLog(..., every={every})` expects at least 1.")
+        if not schedules.whole_steps(every):
+            raise ValueError(
+                f"`MetricLog(..., every={every})` expects a number of steps, at least 1."
+            )
         self.directory = pathlib.Path(directory)
         self.every = every
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -133,3 +133,27 @@ def test_what_was_skipped_counts_no_weights():
     found = prune.report(masks, skipped=prune.misfits(tree, pattern))
     assert found["a"][:2] == (0, 0) and "not a multiple of 4" in found["a"].reason
     assert sum(row.total for row in found.values()) == 32
+
+
+@pytest.mark.parametrize("given", ["a half", None, True, jnp.zeros(2), float("nan")])
+def test_schedules_that_give_no_number(given):
+    tx = prune.sparsify(lambda step: given)
+    with pytest.raises(ValueError, match=r"a schedule gives the fraction .* one number in"):
+        tx.update(params(), tx.init(params()), params())
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_updates_that_are_missing(name):
+    tx = CHAINS[name]()
+    with pytest.raises(ValueError, match="the updates have none for `a`"):
+        tx.update({"a": None, "b": jnp.ones(3)}, tx.init(params()), params())
+
+
+@pytest.mark.parametrize("levels", [3, [], [prune.Unstructured()], prune.NM(2, 4)])
+def test_trees_without_levels(levels):
+    with pytest.raises(ValueError, match="expects two patterns or more"):
+        prune.Tree(levels)
+    both = [prune.Channel(-1), prune.Unstructured()]
+    for parts in (0.5, "ab", (0.5, "b")):
+        with pytest.raises(ValueError, match="expects a positive part for each of 2"):
+            prune.Tree(both, parts)

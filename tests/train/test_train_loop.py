@@ -169,9 +169,12 @@ def test_evaluations_come_at_their_steps(key, tmp_path):
     ]
     with pytest.raises(TypeError, match=r"as `feed\[i\]`; got a generator"):
         train.fit(step, state, (batch for batch in [toy.batch()]), steps=2)
-    for options in ({"evaluate": evaluate}, {"every": 3}, {"evaluate": evaluate, "every": 0}):
+    for options in ({"evaluate": evaluate}, {"every": 3}):
         with pytest.raises(ValueError, match="give both or neither"):
             train.fit(step, state, feed(), steps=2, **options)
+    for every in (0, 2.5, "3"):
+        with pytest.raises(ValueError, match="a number of steps, at least 1"):
+            train.fit(step, state, feed(), steps=2, evaluate=evaluate, every=every)
 
 
 def spoiled(at):

@@ -159,7 +159,9 @@ def test_the_rest_is_said_in_one_sentence(tmp_path, monkeypatch):
         train.Checkpoints(tmp_path / "c").save(train.init(toy.params(), SGD))
     with pytest.raises(ValueError, match='expects "auto", "bar" or "lines"'):
         train.Progress(mode="dots")
-    with pytest.raises(ValueError, match=r"`MetricLog\(..., every=0\)` expects at least 1"):
+    with pytest.raises(
+        ValueError, match=r"`MetricLog\(..., every=0\)` expects a number of steps, at"
+    ):
         train.MetricLog(tmp_path, every=0)
 
 
