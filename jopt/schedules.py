@@ -249,10 +249,15 @@ def alternating_sparsity(final: float, *, begin: int, period: int, end: int) -> 
     return schedule
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is one number, traced or not: no array of several, no text, no bool."""
+    known = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    return known and not isinstance(value, bool) and np.ndim(value) == 0
+
+
 def whole_steps(count: Any) -> bool:
     """Whether it is one number of steps from 1 on, as far as that is known without tracing."""
-    known = isinstance(count, int | float | np.number | np.ndarray | jax.Array)
-    if isinstance(count, bool) or not known or np.ndim(count):
+    if not is_number(count):
         return False
     return isinstance(count, Tracer) or (float(count) >= 1 and float(count) % 1 == 0)
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jopt import schedules
 
 from . import _bits
 from ._patterns import Pattern, is_integer
@@ -203,7 +205,7 @@ class Tree(Pattern):
             )
         if (
             len(parts) != len(levels)
-            or not all(isinstance(part, int | float) and part > 0 for part in parts)
+            or not all(schedules.is_number(part) and part > 0 for part in parts)
             or abs(sum(parts) - 1) > 1e-6
         ):
             raise ValueError(
@@ -244,7 +246,8 @@ class Tree(Pattern):
 
 
 def _several(given: Any) -> tuple[Any, ...]:
-    return tuple(given) if isinstance(given, Sequence) else (given,)
+    """What was given, as a tuple; one thing alone is a tuple of one."""
+    return tuple(given) if isinstance(given, Iterable) else (given,)
 
 
 def _means(scores: jax.Array, add_up: Any, members: Any) -> jax.Array:

@@ -243,7 +243,7 @@ def _dynamic(
             f"`{caller}(..., pattern={pattern})`: units come and go as a whole, so the pattern is "
             "`Unstructured()`, `Block(shape)` or `Channel(axis)`."
         )
-    if not schedules.whole_steps(every) or not (isinstance(drop, Tracer) or _share(drop)):
+    if not schedules.whole_steps(every) or not _is_share(drop):
         raise ValueError(
             f"`{caller}(..., every={every}, drop={drop})` expects a number of steps, at least 1, "
             "and a share in [0, 1]."
@@ -251,10 +251,8 @@ def _dynamic(
     return Choice(pattern, scope, where, sites, unfit, caller, pooled)
 
 
-def _share(drop: Any) -> bool:
-    return isinstance(drop, int | float | np.number | np.ndarray | jax.Array) and bool(
-        np.all((np.asarray(drop) >= 0) & (np.asarray(drop) <= 1))
-    )
+def _is_share(drop: Any) -> bool:
+    return schedules.is_number(drop) and (isinstance(drop, Tracer) or bool(0 <= drop <= 1))
 
 
 def _check_until(caller: str, until: Any) -> None:

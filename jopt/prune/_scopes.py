@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from jopt import trees
+from jopt import schedules, trees
 from jopt.trace import Site
 
 from . import _wide
@@ -72,9 +72,7 @@ def at(sparsity: Any, step: jax.Array, *, caller: str) -> Any:
     if not callable(sparsity):
         return sparsity
     value: Any = sparsity(step)
-    number = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
-    number &= not isinstance(value, bool)
-    if not number or np.ndim(value) or not (isinstance(value, Tracer) or value == value):
+    if not (schedules.is_number(value) and (isinstance(value, Tracer) or value == value)):
         raise ValueError(
             f"`{caller}(<schedule>)`: a schedule gives the fraction of weights to prune at a step, "
             f"one number in [0, 1); it gave {value!r}."

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -85,6 +86,7 @@ def test_statistics_of_another_shape(score):
     [
         (lambda: prune.sparsify(0.5, every=jnp.array([1, 2])), ValueError, "number of steps"),
         (lambda: prune.rigl(0.5, drop="x", **MOVES), ValueError, r"a share in \[0, 1\]"),
+        (lambda: prune.rigl(0.5, drop=np.ones(2), **MOVES), ValueError, r"a share in \[0, 1\]"),
         (lambda: prune.magnitude("2"), ValueError, "positive finite exponent"),
         (
             lambda: prune.Tree([prune.Channel(-1), prune.Unstructured()], (float("nan"), 0.5)),
@@ -157,3 +159,9 @@ def test_trees_without_levels(levels):
     for parts in (0.5, "ab", (0.5, "b")):
         with pytest.raises(ValueError, match="expects a positive part for each of 2"):
             prune.Tree(both, parts)
+
+
+@pytest.mark.parametrize("kind", [iter, np.float32, list])
+def test_trees_take_parts_of_any_kind(kind):
+    both = [prune.Channel(-1), prune.Unstructured()]
+    assert prune.Tree(iter(both), kind([0.25, 0.75])) == prune.Tree(both, (0.25, 0.75))
